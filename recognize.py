@@ -1,0 +1,196 @@
+"""Recognise speech: the lines of a manifest into a result file, or audio files onto the screen.
+
+python recognize.py --model_path run --data_path test.jsonl --result_path result.txt
+python recognize.py --model_path run a.wav b.flac
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from dataset import Manifest, reference, run
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("audio", nargs="*", help="audio files to recognise, one transcript a line on standard output")
+    add("--model_path", help="folder that train.py wrote: says of itself which encoder, LLM and prompt it needs")
+    add("--projector_model_path", help="model.safetensors, in place of --model_path")
+    add("--llm_model_name_or_path", help="the LLM (default: what the checkpoint names)")
+    add("--whisper_model_name_or_path", help="the speech encoder (default: what the checkpoint names)")
+    add("--prompt", help="the user's turn, with <audio> in it (default: the checkpoint's)")
+    add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'")
+    add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
+    add("--num_beams", type=int, default=4, help="beams of the search; 1 = greedy (default: 4)")
+    add("--batch_size", type=int, default=16, help="utterances decoded together (default: 16)")
+    add("--max_new_tokens", type=int, default=200, help="most tokens of a transcript (default: 200)")
+    add("--num_workers", type=int, default=2, help="processes that read audio; 0 = none (default: 2)")
+    add("--device", default=None, help="default: this process's GPU if there is one, else cpu")
+    add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
+    args = parser.parse_args()
+    if not args.model_path and not args.projector_model_path:
+        parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
+    if bool(args.audio) == bool(args.data_path and args.result_path):
+        parser.error("wanted either audio files, or --data_path and --result_path")
+    return args
+
+
+def load_model(args: argparse.Namespace):
+    """The SpeechLLM that the flags name; they win over the config.json beside the weights, which they can replace."""
+    from model import SpeechLLM, SpeechLLMConfig
+
+    weights = Path(args.projector_model_path or Path(args.model_path, "model.safetensors"))
+    names = ("llm_model_name_or_path", "whisper_model_name_or_path", "prompt")
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    alone = not (weights.parent / "config.json").is_file() and {*names[:2]} <= given.keys()
+    model = SpeechLLM(SpeechLLMConfig(**given) if alone else SpeechLLMConfig.load(weights.parent, **given))
+    model.load_trained(weights)
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return model.to(args.device or gpu)
+
+
+def fingerprint(model, manifest: Manifest, args: argparse.Namespace) -> str:
+    """Hash of all that decides a hypothesis: the start of every weight tensor, prompt, manifest, search settings."""
+    settings = [model.config.prompt, model.config.pad_to_30s, manifest.sha256, args.num_beams, args.max_new_tokens]
+    digest = sha256(json.dumps(settings).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_journals(result_path: str, key: str) -> tuple[dict[int, dict], list[Path]]:
+    """Finished rows {index: row} of a run that was killed, and the journals of other runs, which are of no use.
+
+    Until a result file is whole, each process keeps a journal beside it, `result.txt.partial-RANK`: JSON lines, the
+    first of which is the run's fingerprint. A line without its end was torn by the kill.
+    """
+    done, foreign = {}, []
+    for path in sorted(Path(result_path).parent.glob(f"{Path(result_path).name}.partial-*")):
+        head, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] or [None]
+        if head == key:
+            done |= {row["index"]: row for row in rows}
+        else:
+            foreign.append(path)
+    return done, foreign
+
+
+def open_journal(path: Path, key: str) -> BinaryIO:
+    """The journal, open for writing after its last whole line."""
+    if not path.exists():
+        path.write_text(json.dumps(key) + "\n")
+    file = open(path, "r+b")  # noqa: SIM115
+    file.seek(file.read().rfind(b"\n") + 1)
+    file.truncate()
+    return file
+
+
+def write_result(path: str, manifest: Manifest, rows: dict[int, dict]) -> None:
+    """The result file, in the manifest's order; it appears whole or not at all."""
+    with open(f"{path}.whole", "w", encoding="utf-8") as file:
+        for index, record in enumerate(manifest):
+            line = rows[index]["pred"]
+            if path.endswith(".jsonl"):
+                kept = {"key": record.get("key") or Path(record.get("wav", f"line{index + 1}")).stem}
+                kept |= {"wav": record.get("wav"), "txt": reference(record), "pred": line}
+                line = json.dumps(kept | rows[index], ensure_ascii=False)
+            file.write(line + "\n")
+    os.replace(f"{path}.whole", path)
+
+
+def recognize_files(args: argparse.Namespace) -> None:
+    """One transcript a line for each audio file; one that cannot be read gives an empty line and a word on stderr."""
+    model = load_model(args)
+    records = [{"where": f"file {number}", "wav": path} for number, path in enumerate(args.audio, 1)]
+    dataset = model.make_dataset(records, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
+    options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    for _, text, problem in sorted(chain.from_iterable(model.decode(dataset, **options))):
+        print(text)
+        if problem:
+            print(f"warning: {problem}", file=sys.stderr)
+
+
+def recognize_manifest(args: argparse.Namespace) -> None:
+    """Decode a manifest into a result file, on one process or on a share each of several, and score it."""
+    manifest = Manifest(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
+    rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    model = load_model(args)
+    dataset = model.make_dataset(manifest, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
+    key = fingerprint(model, manifest, args)
+    done, foreign = read_journals(args.result_path, key)
+    if num_processes > 1:
+        dist.barrier()  # all have read before anyone writes
+    if rank == 0 and done:
+        print(f"going on: {len(done):,} of {len(manifest):,} utterances were decoded before", file=sys.stderr)
+    if rank == 0 and foreign:
+        print("starting over: an unfinished result of another model, manifest or setting is there", file=sys.stderr)
+        for path in foreign:
+            path.unlink()
+    if num_processes > 1:
+        dist.barrier()
+
+    todo = sorted((i for i in range(len(manifest)) if i not in done), key=lambda i: -dataset.durations[i])
+    mine = todo[rank::num_processes]
+    options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    begin, audio_seconds = time.perf_counter(), 0.0
+    with (
+        open_journal(Path(f"{args.result_path}.partial-{rank}"), key) as journal,
+        tqdm(total=len(mine), unit="utt", disable=rank > 0) as bar,
+    ):
+        for rows in model.decode(dataset, mine, num_workers=args.num_workers, **options):
+            for index, text, problem in rows:
+                row = {"index": index, "pred": text} | ({"problem": problem} if problem else {})
+                journal.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                audio_seconds += float(dataset.durations[index])
+            journal.flush()
+            os.fsync(journal.fileno())
+            bar.update(len(rows))
+            bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}")
+    if num_processes > 1:
+        dist.barrier()
+    if rank == 0:
+        rows, _ = read_journals(args.result_path, key)
+        write_result(args.result_path, manifest, rows)
+        for path in Path(args.result_path).parent.glob(f"{Path(args.result_path).name}.partial-*"):
+            path.unlink()
+        report(manifest, dataset.durations, [rows[i] for i in range(len(manifest))])
+    if num_processes > 1:
+        dist.destroy_process_group()
+
+
+def report(manifest: Manifest, durations, rows: list[dict]) -> None:
+    """Problems on standard error; the score on standard output, if there are references."""
+    from score import score
+
+    if problems := [row for row in rows if "problem" in row]:
+        print(f"{len(problems)} of {len(rows):,} utterances have problems:", file=sys.stderr)
+        for row in problems[:20]:
+            print(f"  line {row['index'] + 1}: {row['problem']}", file=sys.stderr)
+        if len(problems) > 20:
+            print("  ... the others stand in a .jsonl result under 'problem'", file=sys.stderr)
+    references = [reference(record) for record in manifest]
+    scored = [i for i, text in enumerate(references) if text is not None]
+    if scored:
+        hypotheses = [rows[i]["pred"] for i in scored]
+        result = score([references[i] for i in scored], hypotheses, [float(durations[i]) or None for i in scored])
+        print(result.report(hypotheses, [f"line {i + 1}" for i in scored]))
+        if len(scored) < len(rows):
+            print(f"{len(rows) - len(scored):,} lines have no reference and are not scored")
+
+
+if __name__ == "__main__":
+    args = parse()
+    run(lambda: recognize_files(args) if args.audio else recognize_manifest(args))

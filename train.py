@@ -1,0 +1,209 @@
+"""Train the projector: HF Trainer on one process, under DDP or DeepSpeed, with every flag of TrainingArguments.
+
+    torchrun --standalone --nproc_per_node=8 train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \
+        --whisper_model_name_or_path tiny --data_path train.jsonl --output_dir run --bf16 True \
+        --deepspeed ds_config_zero3.json
+"""
+
+import json
+import sys
+import warnings
+from dataclasses import dataclass, field, fields
+from functools import partialmethod
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from dataset import IGNORE, InputError, LengthSampler, Manifest, collate, reference, run
+from model import SpeechLLM, SpeechLLMConfig
+from score import score
+
+OLD_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}  # below 1: a share
+DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
+    gradient_accumulation_steps train_sampling_strategy label_smoothing_factor bf16 fp16 world_size""".split()
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "training manifest: JSON lines with 'wav' and 'txt'"})
+    eval_data_path: str | None = field(default=None, metadata={"help": "manifest for --eval_strategy: loss and WER"})
+    model_max_length: int = field(default=512, metadata={"help": "most LLM positions of prompt, speech and transcript"})
+    max_seconds: float = field(default=30.0, metadata={"help": "longest utterance, seconds; 0 = any"})
+    on_bad_audio: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "utterances that cannot be read or do not fit: stop, or leave out and count"}
+    )
+    projector_model_path: str | None = field(
+        default=None, metadata={"help": "model.safetensors to start from instead of random weights"}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with the defaults that this model needs."""
+
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length = clips of similar length in a batch; random"}
+    )
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool = False
+    ddp_broadcast_buffers: bool = False
+
+
+class SpeechTrainer(Trainer):
+    """Trainer that saves the trained weights alone, evaluates loss and WER, and counts the utterances it skipped."""
+
+    def __init__(self, *args, settings: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings, self.skipped = settings, {}
+        self.model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
+
+    def _get_train_sampler(self, dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        dataset, args = self.train_dataset, self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        # the same order for any number of processes and accumulation steps with the same total batch
+        total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(dataset.durations[dataset.indices], total, seed, lambda: int(self.state.epoch or 0))
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.note_skipped(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def note_skipped(self, batch: dict) -> list[int]:
+        """Take the bookkeeping out of a batch; returns the indices of its utterances."""
+        index = batch.pop("index")
+        self.skipped.update({reason: None for reason in batch.pop("bad") if reason})
+        return index
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        output_dir, state = output_dir or self.args.output_dir, None
+        if self.is_deepspeed_enabled:  # fp32 master weights, which all processes hold together
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            state = {name: safe_get_full_fp32_param(p).cpu().view(p.ds_shape) for name, p in self.model.trained()}
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state)
+            Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss per trained token and greedy WER (or CER) over the whole set, whatever the batches and processes."""
+        model, dataset, size = self.model, self.eval_dataset, self.args.per_device_eval_batch_size
+        share = -(-len(dataset) // self.args.world_size)  # the same for all, as ZeRO-3 wants: the end wraps around
+        mine = [(self.args.process_index + i * self.args.world_size) % len(dataset) for i in range(share)]
+        losses, texts = {}, {}
+        model.eval()
+        loader = DataLoader(
+            dataset, size, sampler=mine, collate_fn=collate, num_workers=self.args.dataloader_num_workers
+        )
+        for batch in loader:
+            index = self.note_skipped(batch)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch["labels"]
+            loss = F.cross_entropy(model(**batch)["logits"].transpose(1, 2), labels, reduction="none").sum(1)
+            losses |= dict(zip(index, zip(loss.tolist(), (labels != IGNORE).sum(1).tolist(), strict=True), strict=True))
+        for rows in model.decode(dataset, mine, size, self.args.dataloader_num_workers, num_beams=1):
+            texts |= {index: text for index, text, _ in rows if losses[index][1]}
+        model.train()
+        losses = {index: loss for part in gather_object([losses]) for index, loss in part.items()}
+        texts = {index: text for part in gather_object([texts]) for index, text in sorted(part.items())}
+        references = [reference(dataset.records[index]) for index in texts]
+        result = score(references, list(texts.values()))
+        total, tokens = map(sum, zip(*losses.values(), strict=True))
+        metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_{result.metric}": result.all.rate}
+        if self.is_world_process_zero():
+            for said, text in list(zip(references, texts.values(), strict=True))[:3]:
+                print(f"  reference  {said}\n  hypothesis {text}")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def prepare_deepspeed() -> None:
+    """Checkpoints without the frozen weights, which DeepSpeed would write and want back; and a start on CPUs too."""
+    import deepspeed
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # several a step, not ours
+    engine, load = deepspeed.DeepSpeedEngine, deepspeed.DeepSpeedEngine.load_checkpoint
+    engine.save_checkpoint = partialmethod(engine.save_checkpoint, exclude_frozen_parameters=True)
+    engine.load_checkpoint = lambda self, *args, **kw: load(self, *args, **{**kw, "load_module_strict": False})
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArguments]:
+    """The three groups of arguments; names that transformers has dropped are translated."""
+    argv = [OLD_FLAGS.get(flag, flag) + equals + value for flag, equals, value in (arg.partition("=") for arg in argv)]
+    parser = HfArgumentParser((SpeechLLMConfig, DataArguments, TrainArguments), description=__doc__.splitlines()[0])
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return groups
+
+
+def find_checkpoint(output_dir: str, settings: dict) -> str | None:
+    """The last complete checkpoint to go on from; InputError if it was made with other settings."""
+    folders = sorted(Path(output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:]))
+    if not folders:  # trainer_state.json is written last: a folder without it was torn by a kill
+        return None
+    folder = folders[-1].parent
+    before = json.loads((folder / "train_settings.json").read_text())
+    changed = [
+        f"{k} {before.get(k)!r} -> {settings.get(k)!r}" for k in settings | before if before.get(k) != settings.get(k)
+    ]
+    if changed:
+        raise InputError(
+            f"{folder}: this run's settings contradict the checkpoint's ({', '.join(changed)}); "
+            "restore them, or choose another --output_dir"
+        )
+    return str(folder)
+
+
+def main() -> None:
+    config, data, args = parse(sys.argv[1:])
+    set_seed(args.seed)
+    manifest = Manifest(data.data_path)
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    settings |= {"manifest": manifest.sha256, "deepspeed": bool(args.deepspeed)}
+    settings |= {name: getattr(data, name) for name in ("model_max_length", "max_seconds", "on_bad_audio")}
+    settings |= {name: getattr(args, name) for name in DECISIVE}
+    settings = json.loads(json.dumps(settings))
+    checkpoint = find_checkpoint(args.output_dir, settings)
+
+    if args.deepspeed:
+        prepare_deepspeed()
+    model = SpeechLLM(config)
+    if data.projector_model_path:
+        model.load_trained(data.projector_model_path)
+    if args.gradient_checkpointing:  # Trainer would look for this on our model
+        getattr(model.llm, "activation_checkpointing_enable", model.llm.gradient_checkpointing_enable)()
+        args.gradient_checkpointing = args.activation_checkpointing = False
+    limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
+    dataset = model.make_dataset(manifest, on_bad=data.on_bad_audio, **limits)
+    eval_dataset = None
+    if data.eval_data_path:
+        eval_dataset = model.make_dataset(Manifest(data.eval_data_path), on_bad=data.on_bad_audio, **limits)
+    trainer = SpeechTrainer(model, args, collate, train_dataset=dataset, eval_dataset=eval_dataset, settings=settings)
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+
+    bad = [d.bad for d in (dataset, eval_dataset) if d]
+    skipped = {reason: None for part in bad for reason in part.values()}
+    skipped |= {reason: None for part in gather_object([list(trainer.skipped)]) for reason in part}
+    if skipped and trainer.is_world_process_zero():
+        print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
