@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dataset import AUDIO, IGNORE, SPEECH, InputError, SpeechDataset, collate, render_prompt
+from dataset import IGNORE, PROMPT, SPEECH, SpeechDataset, collate, render_prompt
+from manifest import InputError
 
 
 @dataclass
@@ -33,7 +34,7 @@ class SpeechLLMConfig:
 
     llm_model_name_or_path: str = field(metadata={"help": "instruction-tuned LLM: a folder or a Hub name"})
     whisper_model_name_or_path: str = field(metadata={"help": "tiny ... large-v3-turbo, or the path of a .pt file"})
-    prompt: str = field(default=f"{AUDIO}\nTranscribe the speech", metadata={"help": "the user's turn"})
+    prompt: str = field(default=PROMPT, metadata={"help": "the user's turn"})
     projector_stride: int = field(default=5, metadata={"help": "encoder frames (20 ms) joined into one embedding"})
     projector_hidden_size: int = field(default=2048, metadata={"help": "width between the projector's linear layers"})
     pad_to_30s: bool = field(default=False, metadata={"help": "pad every clip to 30 s, as Whisper was trained"})
@@ -69,14 +70,7 @@ class WhisperEncoder(nn.Module):
             known = ", ".join(whisper.available_models())
             raise InputError(f"{name_or_path}: no such Whisper model; wanted the path of a .pt file or one of {known}")
         self.whisper = whisper.load_model(name_or_path, device="cpu").encoder
-
-    @property
-    def num_mels(self) -> int:
-        return self.whisper.conv1.in_channels
-
-    @property
-    def output_size(self) -> int:
-        return self.whisper.conv2.out_channels
+        self.num_mels, self.output_size = self.whisper.conv1.in_channels, self.whisper.conv2.out_channels
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Features (A, M, F) with valid lengths (A,) -> frames (A, T, D), T = F / 2 rounded up."""
@@ -181,18 +175,13 @@ class SpeechLLM(nn.Module):
             state = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot read the trained weights ({error})") from None
-        wanted = dict(self.trained())
-        problems = [f"missing {name}" for name in wanted.keys() - state.keys()]
-        problems += [f"unexpected {name}" for name in state.keys() - wanted.keys()]
-        problems += [
-            f"{name} is {tuple(state[name].shape)}, wanted {tuple(p.shape)}"
-            for name, p in wanted.items()
-            if name in state and state[name].shape != p.shape
-        ]
-        if problems:
+        wanted, found = ({name: tuple(t.shape) for name, t in w} for w in (self.trained(), state.items()))
+        if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+            widths = f"encoder width {self.config.encoder_size}, LLM width {self.config.hidden_size}"
+            wrong = [f"{n} is {found.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong]
+            stride, hidden = self.config.projector_stride, self.config.projector_hidden_size
             raise InputError(
-                f"{path}: does not fit encoder width {self.config.encoder_size}, LLM width {self.config.hidden_size}, "
-                f"stride {self.config.projector_stride}: {'; '.join(sorted(problems))}"
+                f"{path}: does not fit {widths}, stride {stride}, hidden size {hidden}: {'; '.join(wrong)}"
             )
         self.load_state_dict(state, strict=False)
 

@@ -13,13 +13,14 @@ from datetime import timedelta
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dataset import Manifest, reference, run
+from manifest import Manifest, record_key, reference, run
+from resume import journals, open_journal, read_journals
+from score import score_files
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse() -> argparse.Namespace:
     add("--batch_size", type=int, default=16, help="utterances decoded together (default: 16)")
     add("--max_new_tokens", type=int, default=200, help="most tokens of a transcript (default: 200)")
     add("--num_workers", type=int, default=2, help="processes that read audio; 0 = none (default: 2)")
-    add("--device", default=None, help="default: this process's GPU if there is one, else cpu")
+    add("--device", help="default: this process's GPU if there is one, else cpu")
     add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
     args = parser.parse_args()
     if not args.model_path and not args.projector_model_path:
@@ -48,13 +49,13 @@ def parse() -> argparse.Namespace:
 
 
 def load_model(args: argparse.Namespace):
-    """The SpeechLLM that the flags name; they win over the config.json beside the weights, which they can replace."""
-    from model import SpeechLLM, SpeechLLMConfig
+    """The SpeechLLM that the flags name; they win over the config.json beside the weights, and can stand in for it."""
+    from model import SpeechLLM, SpeechLLMConfig  # here, so that --help is quick
 
     weights = Path(args.projector_model_path or Path(args.model_path, "model.safetensors"))
-    names = ("llm_model_name_or_path", "whisper_model_name_or_path", "prompt")
+    names = ["llm_model_name_or_path", "whisper_model_name_or_path", "prompt"]
     given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    alone = not (weights.parent / "config.json").is_file() and {*names[:2]} <= given.keys()
+    alone = set(names[:2]) <= given.keys() and not (weights.parent / "config.json").is_file()
     model = SpeechLLM(SpeechLLMConfig(**given) if alone else SpeechLLMConfig.load(weights.parent, **given))
     model.load_trained(weights)
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -68,45 +69,6 @@ def fingerprint(model, manifest: Manifest, args: argparse.Namespace) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def read_journals(result_path: str, key: str) -> tuple[dict[int, dict], list[Path]]:
-    """Finished rows {index: row} of a run that was killed, and the journals of other runs, which are of no use.
-
-    Until a result file is whole, each process keeps a journal beside it, `result.txt.partial-RANK`: JSON lines, the
-    first of which is the run's fingerprint. A line without its end was torn by the kill.
-    """
-    done, foreign = {}, []
-    for path in sorted(Path(result_path).parent.glob(f"{Path(result_path).name}.partial-*")):
-        head, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] or [None]
-        if head == key:
-            done |= {row["index"]: row for row in rows}
-        else:
-            foreign.append(path)
-    return done, foreign
-
-
-def open_journal(path: Path, key: str) -> BinaryIO:
-    """The journal, open for writing after its last whole line."""
-    if not path.exists():
-        path.write_text(json.dumps(key) + "\n")
-    file = open(path, "r+b")  # noqa: SIM115
-    file.seek(file.read().rfind(b"\n") + 1)
-    file.truncate()
-    return file
-
-
-def write_result(path: str, manifest: Manifest, rows: dict[int, dict]) -> None:
-    """The result file, in the manifest's order; it appears whole or not at all."""
-    with open(f"{path}.whole", "w", encoding="utf-8") as file:
-        for index, record in enumerate(manifest):
-            line = rows[index]["pred"]
-            if path.endswith(".jsonl"):
-                kept = {"key": record.get("key") or Path(record.get("wav", f"line{index + 1}")).stem}
-                kept |= {"wav": record.get("wav"), "txt": reference(record), "pred": line}
-                line = json.dumps(kept | rows[index], ensure_ascii=False)
-            file.write(line + "\n")
-    os.replace(f"{path}.whole", path)
 
 
 def recognize_files(args: argparse.Namespace) -> None:
@@ -127,68 +89,55 @@ def recognize_manifest(args: argparse.Namespace) -> None:
     rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
+    wait_for_all = dist.barrier if num_processes > 1 else lambda: None
     model = load_model(args)
     dataset = model.make_dataset(manifest, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
     key = fingerprint(model, manifest, args)
     done, foreign = read_journals(args.result_path, key)
-    if num_processes > 1:
-        dist.barrier()  # all have read before anyone writes
+    wait_for_all()  # all have read before anyone writes
     if rank == 0 and done:
         print(f"going on: {len(done):,} of {len(manifest):,} utterances were decoded before", file=sys.stderr)
     if rank == 0 and foreign:
         print("starting over: an unfinished result of another model, manifest or setting is there", file=sys.stderr)
         for path in foreign:
             path.unlink()
-    if num_processes > 1:
-        dist.barrier()
+    wait_for_all()
 
     todo = sorted((i for i in range(len(manifest)) if i not in done), key=lambda i: -dataset.durations[i])
-    mine = todo[rank::num_processes]
+    mine, begin, audio_seconds = todo[rank::num_processes], time.perf_counter(), 0.0
     options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    begin, audio_seconds = time.perf_counter(), 0.0
-    with (
-        open_journal(Path(f"{args.result_path}.partial-{rank}"), key) as journal,
-        tqdm(total=len(mine), unit="utt", disable=rank > 0) as bar,
-    ):
-        for rows in model.decode(dataset, mine, num_workers=args.num_workers, **options):
-            for index, text, problem in rows:
-                row = {"index": index, "pred": text} | ({"problem": problem} if problem else {})
-                journal.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                audio_seconds += float(dataset.durations[index])
+    batches = model.decode(dataset, mine, num_workers=args.num_workers, **options)
+    bar = tqdm(total=len(mine), unit="utt", disable=rank > 0)
+    with open_journal(args.result_path, key, rank) as journal, bar:
+        for batch in batches:
+            rows = [{"index": index, "pred": text, "problem": problem} for index, text, problem in batch]
+            journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             journal.flush()
             os.fsync(journal.fileno())
+            audio_seconds += sum(dataset.durations[row["index"]] for row in rows)
+            bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
             bar.update(len(rows))
-            bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}")
-    if num_processes > 1:
-        dist.barrier()
+    wait_for_all()
     if rank == 0:
-        rows, _ = read_journals(args.result_path, key)
-        write_result(args.result_path, manifest, rows)
-        for path in Path(args.result_path).parent.glob(f"{Path(args.result_path).name}.partial-*"):
-            path.unlink()
-        report(manifest, dataset.durations, [rows[i] for i in range(len(manifest))])
-    if num_processes > 1:
-        dist.destroy_process_group()
+        finish(args, manifest, read_journals(args.result_path, key)[0])
 
 
-def report(manifest: Manifest, durations, rows: list[dict]) -> None:
-    """Problems on standard error; the score on standard output, if there are references."""
-    from score import score
-
-    if problems := [row for row in rows if "problem" in row]:
-        print(f"{len(problems)} of {len(rows):,} utterances have problems:", file=sys.stderr)
-        for row in problems[:20]:
-            print(f"  line {row['index'] + 1}: {row['problem']}", file=sys.stderr)
-        if len(problems) > 20:
-            print("  ... the others stand in a .jsonl result under 'problem'", file=sys.stderr)
-    references = [reference(record) for record in manifest]
-    scored = [i for i, text in enumerate(references) if text is not None]
-    if scored:
-        hypotheses = [rows[i]["pred"] for i in scored]
-        result = score([references[i] for i in scored], hypotheses, [float(durations[i]) or None for i in scored])
-        print(result.report(hypotheses, [f"line {i + 1}" for i in scored]))
-        if len(scored) < len(rows):
-            print(f"{len(rows) - len(scored):,} lines have no reference and are not scored")
+def finish(args: argparse.Namespace, manifest: Manifest, rows: dict[int, dict]) -> None:
+    """The result file, in the manifest's order, which appears whole or not at all; then its problems and its score."""
+    with open(f"{args.result_path}.whole", "w", encoding="utf-8") as file:
+        for index, record in enumerate(manifest):
+            row = {"key": record_key(record), "wav": record.get("wav"), "txt": reference(record)} | rows[index]
+            line = json.dumps(row, ensure_ascii=False) if args.result_path.endswith(".jsonl") else row["pred"]
+            file.write(line + "\n")
+    os.replace(f"{args.result_path}.whole", args.result_path)
+    for path in journals(args.result_path):
+        path.unlink()
+    problems = [(index + 1, row["problem"]) for index, row in sorted(rows.items()) if row["problem"]]
+    if problems:
+        print(f"{len(problems):,} of {len(rows):,} utterances have problems, the first are:", file=sys.stderr)
+        print(*(f"  line {number}: {problem}" for number, problem in problems[:20]), sep="\n", file=sys.stderr)
+    if any(reference(record) is not None for record in manifest):
+        print(score_files(args.data_path, args.result_path))
 
 
 if __name__ == "__main__":

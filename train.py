@@ -19,8 +19,10 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from dataset import IGNORE, InputError, LengthSampler, Manifest, collate, reference, run
+from dataset import IGNORE, LengthSampler, collate
+from manifest import Manifest, reference, run
 from model import SpeechLLM, SpeechLLMConfig
+from resume import find_checkpoint
 from score import score
 
 OLD_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}  # below 1: a share
@@ -148,24 +150,6 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     return groups
-
-
-def find_checkpoint(output_dir: str, settings: dict) -> str | None:
-    """The last complete checkpoint to go on from; InputError if it was made with other settings."""
-    folders = sorted(Path(output_dir).glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:]))
-    if not folders:  # trainer_state.json is written last: a folder without it was torn by a kill
-        return None
-    folder = folders[-1].parent
-    before = json.loads((folder / "train_settings.json").read_text())
-    changed = [
-        f"{k} {before.get(k)!r} -> {settings.get(k)!r}" for k in settings | before if before.get(k) != settings.get(k)
-    ]
-    if changed:
-        raise InputError(
-            f"{folder}: this run's settings contradict the checkpoint's ({', '.join(changed)}); "
-            "restore them, or choose another --output_dir"
-        )
-    return str(folder)
 
 
 def main() -> None:

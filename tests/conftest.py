@@ -1,7 +1,15 @@
 """Tiny real models with random weights, and a corpus of noise: everything that the tests run on."""
 
 import json
+import multiprocessing
 import os
+import runpy
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +20,13 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parent.parent
+MODEL_FLAGS = "--llm_model_name_or_path chinese_llm --whisper_model_name_or_path whisper.pt"
+TRAIN_FLAGS = f"--use_cpu {MODEL_FLAGS} --projector_hidden_size 64 --report_to none --logging_steps 1"
+TRAINED_FLAGS = (
+    "--data_path corpus.jsonl --eval_data_path eval.jsonl --num_train_epochs 2 --learning_rate 1e-3 "
+    "--eval_strategy steps --eval_steps 5 --save_steps 5"
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -23,7 +38,9 @@ def make_whisper(path: Path, width: int = 32) -> Path:
     from whisper.model import ModelDimensions, Whisper
 
     torch.manual_seed(0)
-    dims = ModelDimensions(80, 1500, width, 2, 2, n_vocab=64, n_text_ctx=16, n_text_state=16, n_text_head=2, n_text_layer=1)
+    dims = ModelDimensions(
+        80, 1500, width, 2, 2, n_vocab=64, n_text_ctx=16, n_text_state=16, n_text_head=2, n_text_layer=1
+    )
     torch.save({"dims": dims.__dict__, "model_state_dict": Whisper(dims).state_dict()}, path)
     return path
 
@@ -100,3 +117,126 @@ def model(world):
 
     torch.manual_seed(0)
     return SpeechLLM(SpeechLLMConfig(str(world / "llm"), str(world / "whisper.pt"), projector_hidden_size=64))
+
+
+def run_script(command: list[str], folder: str, environment: dict, out: str, err: str) -> None:
+    """In a new process: run one of our files as `python FILE FLAGS` would, with its output in two files."""
+    os.setsid()  # a process group of its own, which one kill takes down with its data-loading workers
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class Job:
+    """A command line of ours, running: one process, or as many ranks as torchrun would start."""
+
+    def __init__(self, processes: list, logs: Path):
+        self.processes, self.logs = processes, logs
+
+    @property
+    def out(self) -> str:
+        """Standard output of the first rank."""
+        return (self.logs / "out0").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.logs / "err0").read_text()
+
+    @property
+    def status(self) -> int:
+        """The exit status; the first that is not 0, of several ranks."""
+        return next((p.exitcode for p in self.processes if p.exitcode), 0)
+
+    def wait(self, seconds: float = 120) -> "Job":
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        if any(process.is_alive() for process in self.processes):
+            self.kill()
+            raise TimeoutError(f"not done after {seconds} s: {self.err[-2000:]}")
+        return self
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def kill_once(self, happened: Callable[[], bool]) -> None:
+        """kill -9 every rank as soon as something has happened."""
+        deadline = time.monotonic() + 120
+        while not happened():
+            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), self.err[-2000:]
+            time.sleep(0.001)
+        self.kill()
+        assert {p.exitcode for p in self.processes} == {-signal.SIGKILL}, "it was done before the kill"
+
+    def the_error(self) -> str:
+        """The one error line that wrong input gives, with exit status 2 and no traceback."""
+        assert self.status == 2, (self.status, self.err)
+        assert "Traceback" not in self.err, self.err
+        (line,) = [line for line in self.err.splitlines() if line.startswith("error:")]
+        return line
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory, world):
+    """launch("train.py", "--flag value", processes=2) -> Job: real processes, forked where the imports are done.
+
+    They start in the `world` folder. With more than one process, each is told its rank as torchrun would tell it.
+    """
+    changed = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    forkserver = multiprocessing.get_context("forkserver")
+    imports = "conftest train recognize deepspeed whisper jiwer soundfile soxr transformers.models.qwen2.modeling_qwen2"
+    forkserver.set_forkserver_preload(imports.split())
+
+    def start(script: str, flags: str, processes: int = 1) -> Job:
+        logs, ranks = tmp_path_factory.mktemp("logs"), []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        for rank in map(str, range(processes)):
+            size = str(processes)
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **address}
+            command, files = (
+                [str(ROOT / script), *shlex.split(flags)],
+                [str(logs / f"{f}{rank}") for f in ("out", "err")],
+            )
+            ranks.append(
+                forkserver.Process(target=run_script, args=(command, world, told if processes > 1 else {}, *files))
+            )
+            ranks[-1].start()
+        return Job(ranks, logs)
+
+    yield start
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def chinese_llm(world) -> Path:
+    """An LLM in `world` that says Chinese characters, and not many: one token in eight ends the answer."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([chr(0x4E00 + 7 * i) for i in range(600)])
+    folder = make_llm(world / "chinese_llm", tokenizer=tokenizer)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(range(1, len(tokenizer), 8))}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(world, chinese_llm, launch) -> Path:
+    """The output folder of a short training run on one process: ten steps of four clips, evaluated twice."""
+    rows = (world / "corpus.jsonl").read_text().splitlines(keepends=True)
+    (world / "eval.jsonl").write_text("".join(rows[::3]))
+    batches = "--per_device_train_batch_size 4 --per_device_eval_batch_size 3"
+    job = launch("train.py", f"{TRAIN_FLAGS} {TRAINED_FLAGS} {batches} --output_dir trained").wait()
+    assert job.status == 0, job.err
+    return world / "trained"

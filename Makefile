@@ -1,0 +1,30 @@
+# make demo          the whole job on a laptop: synthesise, train, recognise, score; nothing downloaded but packages
+# make demo QUICK=1  the same in a minute or two, with no claim on the figures
+# make test          tests and lint
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: demo test format
+
+demo: $(VENV)/installed
+	python demo.py $(if $(QUICK),--quick)
+
+test: $(VENV)/installed-extra
+	ruff check . && ruff format --check .
+	python -m pytest -q
+
+format: $(VENV)/installed-extra
+	ruff check --fix . && ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "wanted Python 3.10 or newer, found %d.%d; give one: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+	python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/installed-extra: requirements-extra.txt $(VENV)/installed
+	python -m pip install -q -r requirements-extra.txt
+	touch $@

@@ -1,0 +1,343 @@
+"""Speed, memory and padding of training and decoding, on random weights of named sizes: nothing is downloaded.
+
+python benchmark.py --encoder tiny --llm small --mean_seconds 4.5            # as train.py and recognize.py do it
+python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --fixed    # the old recipe: 30 s, 512 tokens
+python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --compare  # both in turns, and their ratios
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dataset import IGNORE, SAMPLE_RATE, SPEECH, LengthSampler, SpeechDataset, collate
+from manifest import InputError, run
+from model import SpeechLLM, SpeechLLMConfig, speech_lengths
+
+ENCODERS = {  # mel bins, width, heads, layers
+    "tiny": (80, 384, 6, 4),
+    "base": (80, 512, 8, 6),
+    "small": (80, 768, 12, 12),
+    "medium": (80, 1024, 16, 24),
+    "large-v3": (128, 1280, 20, 32),
+    "large-v3-turbo": (128, 1280, 20, 32),
+}
+LLMS = {  # width, inner width, layers, heads, key-value heads, vocabulary, tied embeddings
+    "nano": (64, 128, 2, 4, 2, 1000, True),  # for the test
+    "small": (512, 1536, 8, 8, 2, 151_936, True),  # trains on two cores; the vocabulary is that of the real ones
+    "qwen2-0.5b": (896, 4864, 24, 14, 2, 151_936, True),
+    "qwen2-1.5b": (1536, 8960, 28, 12, 2, 151_936, True),
+    "qwen2-7b": (3584, 18944, 28, 28, 4, 152_064, False),
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128_256, False),
+}
+CHAT = (
+    "<|im_start|> system You are a helpful assistant . <|im_end|> {% for m in messages %}"
+    "<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}<|im_start|> assistant "
+)
+FIXED_TOKENS = 512  # positions of every text in the old recipe
+TOKENS_A_SECOND = 3.5  # of transcript: English words at 2.7 a second with 1.3 tokens each
+GROUP = 50  # batches among which LengthSampler sorts
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--encoder", choices=ENCODERS, default="tiny", help="Whisper size (default: tiny)")
+    add("--llm", choices=LLMS, default="small", help="LLM size (default: small = 8 layers, 512 wide, 151,936 tokens)")
+    add("--mean_seconds", type=float, default=4.5, help="mean length of the clips, up to 20 seconds (default: 4.5)")
+    add("--fixed", action="store_true", help="the old recipe: audio padded to 30 s, text to 512 tokens, all logits")
+    add("--compare", action="store_true", help="run with and without --fixed in turns, each in a process of its own")
+    add("--repeats", type=int, default=3, help="turns of --compare, of which medians are given (default: 3)")
+    add("--batch_size", type=int, default=8, help="clips a training step (default: 8)")
+    add("--steps", type=int, default=5, help="timed training steps, 0 to 50; one more warms up (default: 5)")
+    add("--decode_batch_size", type=int, default=16, help="clips decoded together, against one alone (default: 16)")
+    add("--decode_clips", type=int, default=32, help="clips to decode, 0 = none (default: 32)")
+    add("--num_beams", type=int, default=1, help="beams of the search, 1 = greedy (default: 1)")
+    add("--num_workers", type=int, default=0, help="processes that make training batches, 0 = none (default: 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights (default: float32)")
+    add("--json", action="store_true", help="print the figures as one line of JSON")
+    args = parser.parse_args()
+    if not 0.5 <= args.mean_seconds <= 20:
+        parser.error(f"--mean_seconds {args.mean_seconds:g}: wanted 0.5 to 20")
+    if not 0 <= args.steps <= GROUP:
+        parser.error(f"--steps {args.steps}: wanted 0 to {GROUP}")
+    for name in ("batch_size", "decode_batch_size", "repeats", "num_beams"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: wanted 1 or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    return args
+
+
+def build_model(args: argparse.Namespace) -> SpeechLLM:
+    """SpeechLLM as train.py builds it, but with random weights made in place (no file of them) on the device.
+
+    The tokenizer has one word, w0, w1 ..., for each id, so a transcript of n words has n tokens.
+    """
+    import whisper
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+    width, inner, layers, heads, kv_heads, vocabulary, tied = LLMS[args.llm]
+    llm_config = (LlamaConfig if args.llm.startswith("llama") else Qwen2Config)(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+    )  # fmt: skip
+    mels, width, heads, layers = ENCODERS[args.encoder]
+    dims = whisper.model.ModelDimensions(mels, 1500, width, heads, layers, 1, 1, width, heads, 1)
+
+    def random_llm(*_, **__):
+        return AutoModelForCausalLM.from_config(llm_config, dtype=getattr(torch, args.dtype))
+
+    known = ["<|im_end|>", "<|im_start|>", *"system You are a helpful assistant . user Transcribe the speech".split()]
+    words = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(known)} | {f"w{i}": i for i in range(len(known), vocabulary)})
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=known[0], additional_special_tokens=known[:2], chat_template=CHAT
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch("model.AutoModelForCausalLM.from_pretrained", random_llm),
+        patch("whisper.load_model", lambda *_, **__: whisper.Whisper(dims)),
+        torch.device(args.device),
+    ):
+        tokenizer.save_pretrained(folder)
+        return SpeechLLM(SpeechLLMConfig(folder, args.encoder, pad_to_30s=args.fixed))
+
+
+def make_dataset(model: SpeechLLM, args: argparse.Namespace) -> SpeechDataset:
+    """Noise with random transcripts; lengths spread like speech corpora's: 30 % of the mean, 0.4 to 2 times the mean.
+
+    AISHELL-1 has 4.5 s with a deviation of 1.4 s; LibriSpeech 12.3 s with 3.8 s, up to 24.5 s.
+    """
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 0.1, 40 * SAMPLE_RATE).astype(np.float32)  # clips are views of it and take no memory
+    mean, count = args.mean_seconds, max(GROUP * args.batch_size, args.decode_clips)
+    records = []
+    for index, seconds in enumerate(random.normal(mean, 0.3 * mean, count).clip(0.4 * mean, min(2 * mean, 30))):
+        start, words = random.integers(SAMPLE_RATE), random.integers(20, 1000, max(1, round(TOKENS_A_SECOND * seconds)))
+        wav = noise[start : start + round(seconds * SAMPLE_RATE)]
+        records.append({"where": f"clip {index}", "wav": wav, "txt": " ".join(f"w{i}" for i in words)})
+    return model.make_dataset(records)
+
+
+def pick(groups: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows at even distances, so that few of many sorted clips or batches have the mean of all."""
+    return groups[((np.arange(count) + 0.5) * len(groups) / max(count, 1)).astype(int)]
+
+
+def fix(batch: dict) -> dict:
+    """A batch in the old recipe: 512 positions, each of which has a label (the first is never predicted)."""
+    room = FIXED_TOKENS - batch["input_ids"].shape[1]
+    assert room >= 0, f"a text and 30 s of speech take {FIXED_TOKENS - room} positions, more than {FIXED_TOKENS}"
+    padded = {name: F.pad(batch[name], (room, 0)) for name in ("input_ids", "attention_mask")}
+    labels = F.pad(batch["labels"], (FIXED_TOKENS - 1 - batch["labels"].shape[1], 0), value=IGNORE)
+    return {**batch, **padded, "labels": labels}
+
+
+def useful_flops(model: SpeechLLM, features: Tensor, tokens: Tensor, labels: Tensor) -> float:
+    """Operations of the matrix products that a training step needs for its clips alone, without any padding.
+
+    Feature frames, LLM positions and labels of each clip. Forward takes 2 for a weight and a position, backward 2 for
+    the gradient of the input and 2 for that of the weight: frozen weights have no gradient, the encoder no backward.
+    The causal half of the LLM's attention counts, the other half does not.
+    """
+
+    def size(module: nn.Module) -> int:
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
+
+    encoder, projector, llm, config = model.encoder.whisper, model.projector, model.llm, model.llm.config
+    frames, speech = (features + 1) // 2, speech_lengths(features, model.config.projector_stride)
+    width, vocabulary = config.hidden_size, config.hidden_size * config.vocab_size
+    total = 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.blocks)) * frames
+    total += len(encoder.blocks) * 4 * frames**2 * model.encoder.output_size
+    total += speech * (6 * size(projector) - 2 * size(projector.conv))
+    total += 4 * size(llm.model) * tokens + config.num_hidden_layers * 6 * tokens**2 * width
+    return float((total + 4 * vocabulary * labels).sum())
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(device: str, dtype: str) -> float:
+    """Operations a second of one large square matrix product."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.ones(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    a @ b
+    synchronize(device)
+    begin = time.perf_counter()
+    a @ b
+    synchronize(device)
+    return 2 * size**3 / (time.perf_counter() - begin)
+
+
+def reset_peak(device: str) -> int:
+    """Forget the highest memory use so far; returns the present one, in bytes."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # Linux; elsewhere the peak is that since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of `steps` optimiser steps over batches as train.py makes them, from audio in memory to new weights."""
+    order = np.array(list(LengthSampler(dataset.durations, args.batch_size, seed=0)))[: GROUP * args.batch_size]
+    batches = order.reshape(GROUP, -1)
+    batches = pick(batches[dataset.durations[batches].mean(1).argsort()], args.steps)
+    batches = [batches[-1], *batches]  # the longest warms up
+    held = reset_peak(args.device)
+    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-4, fused=True)
+    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16")
+    model.train()
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers))
+    times, rates, work, audio, positions = [], [], [], [], []
+    for _ in batches:
+        begin = time.perf_counter()
+        batch = next(loader)
+        index, _ = batch.pop("index"), batch.pop("bad")
+        batch = fix(batch) if args.fixed else batch
+        with autocast():
+            loss = model(**{name: tensor.to(args.device) for name, tensor in batch.items()})["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(args.device)
+        times.append(time.perf_counter() - begin)
+        rates.append(matrix_rate(args.device, args.dtype))
+        seconds = torch.tensor([len(dataset.records[i]["wav"]) / SAMPLE_RATE for i in index])
+        features = (100 * seconds).long()
+        texts = (batch["attention_mask"].bool() & (batch["input_ids"] != SPEECH)).sum(1)
+        tokens = texts + speech_lengths(features, model.config.projector_stride)
+        work.append(useful_flops(model, features, tokens, (batch["labels"] != IGNORE).sum(1)))
+        audio.append(float(seconds.sum()))
+        padded = batch["input_features"].shape[2] * len(index)
+        positions.append([int(features.sum()), padded, int(tokens.sum()), batch["input_ids"].numel()])
+    frames, padded_frames, tokens, padded_tokens = np.array(positions[1:]).sum(0)
+    return {
+        "train_audio_seconds_a_second": sum(audio[1:]) / sum(times[1:]),
+        "train_step_seconds": median(times[1:]),
+        "train_mean_clip_seconds": sum(audio[1:]) / args.steps / args.batch_size,
+        "encoder_padding_share": 1 - frames / padded_frames,
+        "llm_padding_share": 1 - tokens / padded_tokens,
+        "matrix_gflops_a_second": median(rates) / 1e9,
+        "useful_share_of_matrix_peak": sum(work[1:]) / sum(times[1:]) / median(rates),
+        "train_weights_held_mb": held / 1e6,
+        "train_peak_above_weights_mb": (peak_memory(args.device) - held) / 1e6,
+    }
+
+
+def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of decoding the same clips in batches and one by one, in turns.
+
+    Random weights never stop: a clip gets as many tokens as its transcript has, a batch as many as its longest.
+    """
+
+    def decode(part: list[int]) -> dict[int, list[str]]:
+        num = {i: len(dataset.records[i]["txt"].split()) for i in part}
+        most = max(num.values())
+        rows = model.decode(
+            dataset, part, len(part), num_beams=args.num_beams, min_new_tokens=most, max_new_tokens=most
+        )
+        return {i: text.split()[: num[i]] for batch in rows for i, text, _ in batch}
+
+    clips = pick(dataset.durations.argsort()[::-1], args.decode_clips).tolist()
+    held = reset_peak(args.device)
+    decode(clips[-1:])  # warms up
+    times, texts = {True: 0.0, False: 0.0}, {True: {}, False: {}}
+    for start in range(0, len(clips), args.decode_batch_size):
+        part = clips[start : start + args.decode_batch_size]
+        for batched in (True, False):
+            begin = time.perf_counter()
+            for few in [part] if batched else [[i] for i in part]:
+                texts[batched] |= decode(few)
+            times[batched] += time.perf_counter() - begin
+    audio = float(dataset.durations[clips].sum())
+    return {
+        "decode_audio_seconds_a_second": audio / times[True],
+        "decode_RTF": times[True] / audio,
+        "decode_alone_audio_seconds_a_second": audio / times[False],
+        "decode_batch_over_alone": times[False] / times[True],
+        "decode_clips": len(clips),
+        "decode_clips_with_the_same_text": sum(texts[True][i] == texts[False][i] for i in clips),
+        "decode_different_texts": len({" ".join(text) for text in texts[True].values()}),
+        "decode_peak_above_weights_mb": (peak_memory(args.device) - held) / 1e6,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = build_model(args)
+    dataset = make_dataset(model, args)
+    figures = measure_training(model, dataset, args) if args.steps else {}
+    return figures | (measure_decoding(model, dataset, args) if args.decode_clips else {})
+
+
+def compare() -> dict[str, list[float | None]]:
+    """Each figure's median over the turns: [as it is now, with --fixed, of their ratios]; None where there is none."""
+    args, given = parse(), [arg for arg in sys.argv[1:] if arg not in ("--compare", "--fixed")]
+    pairs = []
+    for _ in range(args.repeats):
+        pair = []
+        for extra in ([], ["--fixed", "--decode_clips=0"]):  # the highest memory use is a process's own
+            done = subprocess.run([sys.executable, __file__, *given, "--json", *extra], capture_output=True, text=True)
+            if done.returncode:
+                why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+                raise InputError(f"benchmark.py {' '.join(given + extra)}: {why[0]}")
+            pair.append(json.loads(done.stdout))
+        pairs.append(pair)
+    figures = {}
+    for name, value in pairs[0][0].items():
+        figures[name] = [median(now[name] for now, _ in pairs), None, None]
+        if name in pairs[0][1]:
+            figures[name][1] = median(fixed[name] for _, fixed in pairs)
+            figures[name][2] = median(now[name] / fixed[name] for now, fixed in pairs) if value else None
+    return figures
+
+
+def main() -> None:
+    args = parse()
+    figures = compare() if args.compare else {name: [value] for name, value in measure(args).items()}
+    if args.json:
+        print(json.dumps(figures if args.compare else {name: value for name, (value,) in figures.items()}))
+        return
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    print(f"{args.encoder} + {args.llm}, {args.dtype}, {args.mean_seconds:g} s, {args.device} ({machine})")
+    if args.compare:
+        print(f"{'':40}{'now':>12}{'--fixed':>12}{'ratio':>12}")
+    for name, values in figures.items():
+        print(f"{name:40}" + "".join(f"{'' if value is None else format(value, ',.4g'):>12}" for value in values))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,139 @@
+"""Records: the lines of a manifest, checked when it is opened and read from disk when asked for.
+
+records = Manifest("train.jsonl")
+records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "folder": Path(".")}
+"""
+
+import json
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_RATE = 16000  # of audio that is given as an array
+KINDS = {"wav": str, "txt": str, "prompt": str, "messages": list, "start": float, "end": float, "duration": float}
+
+
+class InputError(ValueError):
+    """Something the user gave us is wrong. The message is one line: where, what, what was wanted, the cure."""
+
+
+class BadUtterance(InputError):
+    """One line of a manifest cannot be used: its audio is unreadable, empty or too long, or its text does not fit."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command's `main`; wrong input becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except InputError as error:  # a DataLoader worker wraps the message in its traceback: the last part is ours
+        cure = "; mend it, or pass --on_bad_audio skip" if isinstance(error, BadUtterance) else ""
+        print(f"error: {str(error).strip().rsplit('BadUtterance: ', 1)[-1]}{cure}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Manifest(Sequence):
+    """The records of a JSON-lines file, read from disk when asked for: 16 bytes of memory a line.
+
+    Opening it checks every line and raises InputError with the number of the first bad one. `durations` (seconds,
+    NaN where the line does not tell) and `sha256` (of the file) come from the same pass.
+    """
+
+    def __init__(self, path: str, needs_text: bool = True):
+        self.path, self.offsets = Path(path), array("q", [0])
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such manifest; wanted a file of JSON lines with 'wav' and 'txt'")
+        durations, digest = array("d"), sha256()
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                durations.append(check_line(line, f"{path}:{number}", needs_text))
+                self.offsets.append(self.offsets[-1] + len(line))
+                digest.update(line)
+        if not durations:
+            raise InputError(f"{path}: the manifest is empty; wanted one JSON object a line with 'wav' and 'txt'")
+        self.durations, self.sha256 = np.array(durations), digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[index])
+            return parse_line(file.readline()) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
+
+
+def parse_line(line: bytes) -> dict:
+    return {key: value for key, value in json.loads(line).items() if value is not None}
+
+
+def check_line(line: bytes, where: str, needs_text: bool) -> float:
+    """Seconds of audio that a manifest line states, NaN if none; InputError if the line is no record."""
+    try:
+        record = parse_line(line)
+    except AttributeError:
+        raise InputError(f"{where}: found {line[:20]!r}; wanted a JSON object with 'wav' and 'txt'") from None
+    except ValueError as error:
+        raise InputError(f"{where}: malformed JSON ({error}); wanted one object a line") from None
+    for key, kind in KINDS.items():
+        if not isinstance(record.get(key, kind()), (kind, int) if kind is float else kind):
+            raise InputError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}; wanted a {kind.__name__}")
+    for turn in record.get("messages", []):
+        audio = turn.get("audio", []) if isinstance(turn, dict) and {"role", "content"} <= turn.keys() else None
+        if not isinstance(audio, list) or not all(isinstance(path, str) for path in audio):
+            raise InputError(
+                f"{where}: {str(turn)[:40]} in 'messages'; wanted an object with 'role', 'content', 'audio'"
+            )
+    if record.get("end", np.inf) <= record.get("start", 0) or record.get("start", 0) < 0:
+        raise InputError(
+            f"{where}: start {record.get('start', 0)} and end {record.get('end')}; wanted 0 <= start < end"
+        )
+    needed = [] if "messages" in record else ["wav", "txt"] if needs_text else ["wav"]
+    if missing := [key for key in needed if key not in record]:
+        raise InputError(f"{where}: missing {missing}; every line needs {' and '.join(map(repr, needed))}")
+    if needs_text and reference(record) is None:
+        raise InputError(f"{where}: the last of 'messages' is not the assistant's; nothing would be trained on")
+    return record["end"] - record.get("start", 0) if "end" in record else record.get("duration", np.nan)
+
+
+def reference(record: dict) -> str | None:
+    """The transcript of a record, None if it has none."""
+    last = record["messages"][-1:] if "messages" in record else [{"role": "assistant", "content": record.get("txt")}]
+    return last[0].get("content") if last and last[0].get("role") == "assistant" else None
+
+
+def record_key(record: dict) -> str:
+    """The id of a record: its `key`, else the stem of its file, else the number of its line."""
+    stem = Path(record["wav"]).stem if "wav" in record else f"line{record['where'].rpartition(':')[2]}"
+    return str(record.get("key") or stem)
+
+
+def clips(record: dict) -> list[tuple]:
+    """(audio, start seconds, end seconds or None) for each <audio>; audio is a path or 16 kHz samples (S,)."""
+    found = [(record.get("wav"), record.get("start", 0), record.get("end"))]
+    if "messages" in record:
+        found = [(path, 0, None) for turn in record["messages"] for path in turn.get("audio", [])]
+    folder = record.get("folder", Path())
+    return [(folder / audio if isinstance(audio, (str, Path)) else audio, start, end) for audio, start, end in found]
+
+
+def seconds_of(record: dict, stated: float = np.nan) -> float:
+    """Seconds of audio in a record: as stated, else from headers. BadUtterance if a file is missing or unreadable."""
+    import soundfile
+
+    total = 0.0
+    for audio, start, end in clips(record):
+        if not isinstance(audio, Path):
+            total += len(audio) / SAMPLE_RATE
+        elif not audio.is_file():
+            raise BadUtterance(f"{audio}: no such file")
+        elif np.isnan(stated):
+            try:
+                total += (soundfile.info(audio).duration if end is None else end) - start
+            except soundfile.SoundFileError as error:
+                raise BadUtterance(f"{audio}: unreadable ({error})") from None
+    return total if np.isnan(stated) else stated

@@ -1,0 +1,54 @@
+"""Going on after a kill, and never with what another run has left: training checkpoints, decoding journals."""
+
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+from manifest import InputError
+
+
+def find_checkpoint(output_dir: str, settings: dict) -> str | None:
+    """The last complete checkpoint of a training run; InputError if it was made with other settings.
+
+    trainer_state.json is written last: a folder without it was torn by a kill.
+    """
+    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    if not folders:
+        return None
+    folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    before = json.loads((folder / "train_settings.json").read_text())
+    changed = [key for key in settings | before if before.get(key) != settings.get(key)]
+    if changed:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in changed)
+        raise InputError(f"{folder}: this run contradicts it ({changes}); restore that, or choose another --output_dir")
+    return str(folder)
+
+
+def journals(result_path: str) -> list[Path]:
+    """Files beside a result file that is not whole yet, one a process: `result.txt.partial-RANK`.
+
+    JSON lines; the first is a key of all that decides a hypothesis, the others are rows {"index", "pred", ...}.
+    """
+    return sorted(Path(result_path).parent.glob(f"{Path(result_path).name}.partial-*"))
+
+
+def read_journals(result_path: str, key: str) -> tuple[dict[int, dict], list[Path]]:
+    """Finished rows by index, and the journals with another key, which are of no use."""
+    done, foreign = {}, []
+    for path in journals(result_path):
+        lines = path.read_bytes().split(b"\n")[:-1]  # a last line without its end was torn by the kill
+        head, *rows = map(json.loads, lines or [b"null"])
+        done |= {row["index"]: row for row in rows if head == key}
+        foreign += [path] if head != key else []
+    return done, foreign
+
+
+def open_journal(result_path: str, key: str, rank: int) -> BinaryIO:
+    """This process's journal, open for writing after its last whole line."""
+    path = Path(f"{result_path}.partial-{rank}")
+    if not path.exists():
+        path.write_text(json.dumps(key) + "\n")
+    file = open(path, "r+b")  # noqa: SIM115
+    file.seek(file.read().rfind(b"\n") + 1)
+    file.truncate()
+    return file
