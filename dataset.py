@@ -73,8 +73,9 @@ def render_prompt(tokenizer, conversation: str) -> tuple[list[list[int]], int]:
     new token. The end token is what the template puts after an answer, else the tokenizer's eos.
     """
 
-    def render(messages: list[dict], **options) -> str:  # thinking models are told not to think
-        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+    def render(messages: list[dict], **options) -> str:  # thinking models are told not to think, LLaMA 3 a fixed date
+        options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -111,24 +112,25 @@ class SpeechDataset(torch.utils.data.Dataset):
     on_bad: str = "error"
 
     def __post_init__(self):
-        self.bad, count = {}, len(self.records)
-        stated = self.records.durations if isinstance(self.records, Manifest) else [np.nan] * count
+        count = len(self.records)
+        self.bad, self.durations = {}, np.zeros(count)  # seconds
         with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
-            self.durations = np.fromiter(pool.map(self.measure, range(count), stated), np.float64, count)
+            list(pool.map(self.measure, np.array_split(np.arange(count), 64)))
         if self.bad and (self.on_bad == "error" or (self.on_bad == "skip" and len(self.bad) == count)):
             more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
         self.indices = np.array([i for i in range(count) if self.on_bad != "skip" or i not in self.bad])
 
-    def measure(self, index: int, stated: float) -> float:
-        """Seconds of a record, from headers where its line does not state them; notes in `bad` what is wrong."""
-        record = self.records[index]
-        try:
-            self.check_seconds(seconds := seconds_of(record, stated))
-            return seconds
-        except BadUtterance as error:
-            self.bad[index] = f"{record['where']}: {error}"
-            return 0.0
+    def measure(self, indices: np.ndarray) -> None:
+        """Note the seconds of records, from headers where their lines do not state them, and in `bad` what is wrong."""
+        for index in indices.tolist():
+            record = self.records[index]
+            stated = self.records.durations[index] if isinstance(self.records, Manifest) else np.nan
+            try:
+                self.durations[index] = seconds_of(record, stated)
+                self.check_seconds(self.durations[index])
+            except BadUtterance as error:
+                self.bad[index] = f"{record['where']}: {error}"
 
     def check_seconds(self, seconds: float) -> None:
         if self.max_seconds and seconds > self.max_seconds + 0.01:

@@ -199,19 +199,16 @@ def launch(tmp_path_factory, world):
 
     def start(script: str, flags: str, processes: int = 1) -> Job:
         logs, ranks = tmp_path_factory.mktemp("logs"), []
+        command = [str(ROOT / script), *shlex.split(flags)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        for rank in map(str, range(processes)):
-            size = str(processes)
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **address}
-            command, files = (
-                [str(ROOT / script), *shlex.split(flags)],
-                [str(logs / f"{f}{rank}") for f in ("out", "err")],
-            )
-            ranks.append(
-                forkserver.Process(target=run_script, args=(command, world, told if processes > 1 else {}, *files))
-            )
+            port = free.getsockname()[1]
+        for rank in range(processes):
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            told = {name: str(value) for name, value in told.items()} if processes > 1 else {}
+            files = str(logs / f"out{rank}"), str(logs / f"err{rank}")
+            ranks.append(forkserver.Process(target=run_script, args=(command, str(world), told, *files)))
             ranks[-1].start()
         return Job(ranks, logs)
 
