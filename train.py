@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from dataset import IGNORE, LengthSampler, collate
-from manifest import Manifest, reference, run
+from dataset import LengthSampler, collate
+from evaluate import evaluate
+from manifest import Manifest, run
 from model import SpeechLLM, SpeechLLMConfig
 from resume import find_checkpoint
-from score import score
 
 OLD_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}  # below 1: a share
 DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
@@ -75,14 +73,9 @@ class SpeechTrainer(Trainer):
         return LengthSampler(dataset.durations[dataset.indices], total, seed, lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.note_skipped(inputs)
+        self.skipped.update(dict.fromkeys(filter(None, inputs.pop("bad"))))
+        del inputs["index"]
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def note_skipped(self, batch: dict) -> list[int]:
-        """Take the bookkeeping out of a batch; returns the indices of its utterances."""
-        index = batch.pop("index")
-        self.skipped.update({reason: None for reason in batch.pop("bad") if reason})
-        return index
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir, state = output_dir or self.args.output_dir, None
@@ -94,37 +87,17 @@ class SpeechTrainer(Trainer):
             self.model.save_pretrained(output_dir, state)
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
 
-    @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss per trained token and greedy WER (or CER) over the whole set, whatever the batches and processes."""
-        model, dataset, size = self.model, self.eval_dataset, self.args.per_device_eval_batch_size
-        share = -(-len(dataset) // self.args.world_size)  # the same for all, as ZeRO-3 wants: the end wraps around
-        mine = [(self.args.process_index + i * self.args.world_size) % len(dataset) for i in range(share)]
-        losses, texts = {}, {}
-        model.eval()
-        loader = DataLoader(
-            dataset, size, sampler=mine, collate_fn=collate, num_workers=self.args.dataloader_num_workers
-        )
-        for batch in loader:
-            index = self.note_skipped(batch)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch["labels"]
-            loss = F.cross_entropy(model(**batch)["logits"].transpose(1, 2), labels, reduction="none").sum(1)
-            losses |= dict(zip(index, zip(loss.tolist(), (labels != IGNORE).sum(1).tolist(), strict=True), strict=True))
-        for rows in model.decode(dataset, mine, size, self.args.dataloader_num_workers, num_beams=1):
-            texts |= {index: text for index, text, _ in rows if losses[index][1]}
-        model.train()
-        losses = {index: loss for part in gather_object([losses]) for index, loss in part.items()}
-        texts = {index: text for part in gather_object([texts]) for index, text in sorted(part.items())}
-        references = [reference(dataset.records[index]) for index in texts]
-        result = score(references, list(texts.values()))
-        total, tokens = map(sum, zip(*losses.values(), strict=True))
-        metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_{result.metric}": result.all.rate}
+        args = self.args
+        where = args.per_device_eval_batch_size, args.dataloader_num_workers, args.process_index, args.world_size
+        metrics, texts, skipped = evaluate(self.model, self.eval_dataset, *where)
+        self.skipped.update(dict.fromkeys(skipped))
         if self.is_world_process_zero():
-            for said, text in list(zip(references, texts.values(), strict=True))[:3]:
-                print(f"  reference  {said}\n  hypothesis {text}")
+            for spoken, written in texts[:3]:
+                print(f"  reference  {spoken}\n  hypothesis {written}")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
 
@@ -182,9 +155,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
-    bad = [d.bad for d in (dataset, eval_dataset) if d]
-    skipped = {reason: None for part in bad for reason in part.values()}
-    skipped |= {reason: None for part in gather_object([list(trainer.skipped)]) for reason in part}
+    for made in filter(None, (dataset, eval_dataset)):
+        trainer.skipped.update(dict.fromkeys(made.bad.values()))
+    skipped = {reason: None for part in gather_object([list(trainer.skipped)]) for reason in part}
     if skipped and trainer.is_world_process_zero():
         print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
 
