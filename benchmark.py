@@ -64,27 +64,21 @@ def parse() -> argparse.Namespace:
     add("--fixed", action="store_true", help="the old recipe: audio padded to 30 s, text to 512 tokens, all logits")
     add("--compare", action="store_true", help="run with and without --fixed in turns, each in a process of its own")
     add("--repeats", type=int, default=3, help="turns of --compare, of which medians are given (default: 3)")
-    add("--batch_size", type=int, default=8, help="clips a training step (default: 8)")
+    add("--batch_size", type=int, default=4, help="clips a training step (default: 4)")
     add("--steps", type=int, default=5, help="timed training steps, 0 to 50; one more warms up (default: 5)")
     add("--decode_batch_size", type=int, default=16, help="clips decoded together, against one alone (default: 16)")
-    add("--decode_clips", type=int, default=32, help="clips to decode, 0 = none (default: 32)")
-    add("--num_beams", type=int, default=1, help="beams of the search, 1 = greedy (default: 1)")
+    add("--decode_batches", type=int, default=2, help="batches to decode, 0 to 50 (default: 2)")
     add("--num_workers", type=int, default=0, help="processes that make training batches, 0 = none (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights (default: float32)")
     add("--json", action="store_true", help="print the figures as one line of JSON")
     args = parser.parse_args()
-    if not 0.5 <= args.mean_seconds <= 20:
-        parser.error(f"--mean_seconds {args.mean_seconds:g}: wanted 0.5 to 20")
-    if not 0 <= args.steps <= GROUP:
-        parser.error(f"--steps {args.steps}: wanted 0 to {GROUP}")
-    for name in ("batch_size", "decode_batch_size", "repeats", "num_beams"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: wanted 1 or more")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    limits = {"mean_seconds": (0.5, 20), "steps": (0, GROUP), "decode_batches": (0, GROUP)}
+    limits |= {name: (1, 1000) for name in ("repeats", "batch_size", "decode_batch_size")}
+    for name, (least, most) in limits.items():
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name} {getattr(args, name):g}: wanted {least} to {most}")
     return args
 
 
@@ -101,6 +95,7 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
     llm_config = (LlamaConfig if args.llm.startswith("llama") else Qwen2Config)(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+        initializer_range=0.3,  # else every answer is one word over and over, and all are the same
     )  # fmt: skip
     mels, width, heads, layers = ENCODERS[args.encoder]
     dims = whisper.model.ModelDimensions(mels, 1500, width, heads, layers, 1, 1, width, heads, 1)
@@ -109,9 +104,8 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
         return AutoModelForCausalLM.from_config(llm_config, dtype=getattr(torch, args.dtype))
 
     known = ["<|im_end|>", "<|im_start|>", *"system You are a helpful assistant . user Transcribe the speech".split()]
-    words = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(known)} | {f"w{i}": i for i in range(len(known), vocabulary)})
-    )
+    ids = {word: i for i, word in enumerate(known + [f"w{i}" for i in range(len(known), vocabulary)])}
+    words = Tokenizer(models.WordLevel(ids))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=known[0], additional_special_tokens=known[:2], chat_template=CHAT
@@ -123,7 +117,9 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
         torch.device(args.device),
     ):
         tokenizer.save_pretrained(folder)
-        return SpeechLLM(SpeechLLMConfig(folder, args.encoder, pad_to_30s=args.fixed))
+        model = SpeechLLM(SpeechLLMConfig(folder, args.encoder, pad_to_30s=args.fixed))
+    model.llm.generation_config.eos_token_id = None  # random weights would stop anywhere
+    return model
 
 
 def make_dataset(model: SpeechLLM, args: argparse.Namespace) -> SpeechDataset:
@@ -133,7 +129,7 @@ def make_dataset(model: SpeechLLM, args: argparse.Namespace) -> SpeechDataset:
     """
     random = np.random.default_rng(0)
     noise = random.normal(0, 0.1, 40 * SAMPLE_RATE).astype(np.float32)  # clips are views of it and take no memory
-    mean, count = args.mean_seconds, max(GROUP * args.batch_size, args.decode_clips)
+    mean, count = args.mean_seconds, GROUP * max(args.batch_size, args.decode_batch_size)
     records = []
     for index, seconds in enumerate(random.normal(mean, 0.3 * mean, count).clip(0.4 * mean, min(2 * mean, 30))):
         start, words = random.integers(SAMPLE_RATE), random.integers(20, 1000, max(1, round(TOKENS_A_SECOND * seconds)))
@@ -156,57 +152,56 @@ def fix(batch: dict) -> dict:
     return {**batch, **padded, "labels": labels}
 
 
-def useful_flops(model: SpeechLLM, features: Tensor, tokens: Tensor, labels: Tensor) -> float:
-    """Operations of the matrix products that a training step needs for its clips alone, without any padding.
+def size(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
 
-    Feature frames, LLM positions and labels of each clip. Forward takes 2 for a weight and a position, backward 2 for
-    the gradient of the input and 2 for that of the weight: frozen weights have no gradient, the encoder no backward.
-    The causal half of the LLM's attention counts, the other half does not.
+
+def count_work(model: SpeechLLM, seconds: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:
+    """What a batch of clips of so many seconds holds, and the operations of the matrix products that it needs.
+
+    Only the clips and texts themselves count, no padding. Forward takes 2 operations for a weight and a position,
+    backward 2 for the gradient of the input and 2 for that of the weight: frozen weights have no gradient, the encoder
+    no backward. Attention without the half that the causal mask hides; the vocabulary only where there are labels.
     """
-
-    def size(module: nn.Module) -> int:
-        return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
+    features = (100 * seconds).long()
+    frames, speech = (features + 1) // 2, speech_lengths(features, model.config.projector_stride)
+    texts = (batch["attention_mask"].bool() & (batch["input_ids"] != SPEECH)).sum(1)  # prompt and transcript
+    tokens, labels = texts + speech, (batch["labels"] != IGNORE).sum(1)
 
     encoder, projector, llm, config = model.encoder.whisper, model.projector, model.llm, model.llm.config
-    frames, speech = (features + 1) // 2, speech_lengths(features, model.config.projector_stride)
-    width, vocabulary = config.hidden_size, config.hidden_size * config.vocab_size
-    total = 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.blocks)) * frames
-    total += len(encoder.blocks) * 4 * frames**2 * model.encoder.output_size
-    total += speech * (6 * size(projector) - 2 * size(projector.conv))
-    total += 4 * size(llm.model) * tokens + config.num_hidden_layers * 6 * tokens**2 * width
-    return float((total + 4 * vocabulary * labels).sum())
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    work = 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.blocks)) * frames
+    work += len(encoder.blocks) * 4 * frames**2 * model.encoder.output_size
+    work += (6 * size(projector) - 2 * size(projector.conv)) * speech
+    work += 4 * size(llm.model) * tokens + config.num_hidden_layers * 6 * tokens**2 * config.hidden_size
+    work += 4 * config.hidden_size * config.vocab_size * labels
+    useful = {"seconds": seconds, "features": features, "tokens": tokens, "operations": work.double()}
+    padded = {"padded_features": batch["input_features"][:, 0].numel(), "padded_tokens": batch["input_ids"].numel()}
+    return {name: value.sum().item() for name, value in useful.items()} | padded
 
 
 def matrix_rate(device: str, dtype: str) -> float:
-    """Operations a second of one large square matrix product."""
-    size = 8192 if device.startswith("cuda") else 2048
-    a, b = (torch.ones(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    a @ b
-    synchronize(device)
-    begin = time.perf_counter()
-    a @ b
-    synchronize(device)
-    return 2 * size**3 / (time.perf_counter() - begin)
+    """Operations a second of one large square matrix product, the second of two."""
+    width = 8192 if device == "cuda" else 2048
+    a = torch.ones(width, width, device=device, dtype=getattr(torch, dtype))
+    for _ in range(2):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+    return 2 * width**3 / (time.perf_counter() - begin)
 
 
 def reset_peak(device: str) -> int:
     """Forget the highest memory use so far; returns the present one, in bytes."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     with suppress(OSError):  # Linux; elsewhere the peak is that since the process began
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
 def peak_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -218,41 +213,36 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
     batches = [batches[-1], *batches]  # the longest warms up
     held = reset_peak(args.device)
     optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-4, fused=True)
-    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, args.dtype == "bfloat16")
+    autocast = partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
     model.train()
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers))
-    times, rates, work, audio, positions = [], [], [], [], []
+    times, rates, counts = [], [], []
     for _ in batches:
         begin = time.perf_counter()
         batch = next(loader)
         index, _ = batch.pop("index"), batch.pop("bad")
-        batch = fix(batch) if args.fixed else batch
+        if args.fixed:
+            batch = fix(batch)
         with autocast():
             loss = model(**{name: tensor.to(args.device) for name, tensor in batch.items()})["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(args.device)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-        rates.append(matrix_rate(args.device, args.dtype))
-        seconds = torch.tensor([len(dataset.records[i]["wav"]) / SAMPLE_RATE for i in index])
-        features = (100 * seconds).long()
-        texts = (batch["attention_mask"].bool() & (batch["input_ids"] != SPEECH)).sum(1)
-        tokens = texts + speech_lengths(features, model.config.projector_stride)
-        work.append(useful_flops(model, features, tokens, (batch["labels"] != IGNORE).sum(1)))
-        audio.append(float(seconds.sum()))
-        padded = batch["input_features"].shape[2] * len(index)
-        positions.append([int(features.sum()), padded, int(tokens.sum()), batch["input_ids"].numel()])
-    frames, padded_frames, tokens, padded_tokens = np.array(positions[1:]).sum(0)
+        rates.append(matrix_rate(args.device, args.dtype))  # beside each step, for others may use the machine
+        counts.append(count_work(model, torch.tensor(dataset.durations[index]), batch))
+    total = {name: sum(count[name] for count in counts[1:]) for name in counts[0]}
+    seconds, rate = sum(times[1:]), median(rates[1:])
     return {
-        "train_audio_seconds_a_second": sum(audio[1:]) / sum(times[1:]),
-        "train_step_seconds": median(times[1:]),
-        "train_mean_clip_seconds": sum(audio[1:]) / args.steps / args.batch_size,
-        "encoder_padding_share": 1 - frames / padded_frames,
-        "llm_padding_share": 1 - tokens / padded_tokens,
-        "matrix_gflops_a_second": median(rates) / 1e9,
-        "useful_share_of_matrix_peak": sum(work[1:]) / sum(times[1:]) / median(rates),
-        "train_weights_held_mb": held / 1e6,
+        "train_audio_seconds_a_second": total["seconds"] / seconds,
+        "train_mean_clip_seconds": total["seconds"] / args.steps / args.batch_size,
+        "train_encoder_padding_share": 1 - total["features"] / total["padded_features"],
+        "train_llm_padding_share": 1 - total["tokens"] / total["padded_tokens"],
+        "matrix_gflops_a_second": rate / 1e9,
+        "train_useful_share_of_matrix_rate": total["operations"] / seconds / rate,
+        "weights_mb": held / 1e6,
         "train_peak_above_weights_mb": (peak_memory(args.device) - held) / 1e6,
     }
 
@@ -260,83 +250,80 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
 def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace) -> dict[str, float]:
     """Figures of decoding the same clips in batches and one by one, in turns.
 
-    Random weights never stop: a clip gets as many tokens as its transcript has, a batch as many as its longest.
+    Nothing stops early: a clip gets as many tokens as its transcript has, a batch as many as its longest.
     """
 
     def decode(part: list[int]) -> dict[int, list[str]]:
         num = {i: len(dataset.records[i]["txt"].split()) for i in part}
         most = max(num.values())
-        rows = model.decode(
-            dataset, part, len(part), num_beams=args.num_beams, min_new_tokens=most, max_new_tokens=most
-        )
+        rows = model.decode(dataset, part, len(part), num_beams=1, max_new_tokens=most)
         return {i: text.split()[: num[i]] for batch in rows for i, text, _ in batch}
 
-    clips = pick(dataset.durations.argsort()[::-1], args.decode_clips).tolist()
+    size = args.decode_batch_size
+    batches = pick(dataset.durations.argsort()[: GROUP * size].reshape(GROUP, size), args.decode_batches).tolist()
     held = reset_peak(args.device)
-    decode(clips[-1:])  # warms up
-    times, texts = {True: 0.0, False: 0.0}, {True: {}, False: {}}
-    for start in range(0, len(clips), args.decode_batch_size):
-        part = clips[start : start + args.decode_batch_size]
-        for batched in (True, False):
+    decode(batches[0][:1])  # warms up
+    times, texts = {"batch": 0.0, "alone": 0.0}, {"batch": {}, "alone": {}}
+    for batch in batches:
+        for way, parts in ("batch", [batch]), ("alone", [[clip] for clip in batch]):
             begin = time.perf_counter()
-            for few in [part] if batched else [[i] for i in part]:
-                texts[batched] |= decode(few)
-            times[batched] += time.perf_counter() - begin
+            for part in parts:
+                texts[way] |= decode(part)
+            times[way] += time.perf_counter() - begin
+    clips = sum(batches, [])
     audio = float(dataset.durations[clips].sum())
     return {
-        "decode_audio_seconds_a_second": audio / times[True],
-        "decode_RTF": times[True] / audio,
-        "decode_alone_audio_seconds_a_second": audio / times[False],
-        "decode_batch_over_alone": times[False] / times[True],
+        "decode_audio_seconds_a_second": audio / times["batch"],
+        "decode_RTF": times["batch"] / audio,
+        "decode_alone_audio_seconds_a_second": audio / times["alone"],
+        "decode_batch_over_alone": times["alone"] / times["batch"],
         "decode_clips": len(clips),
-        "decode_clips_with_the_same_text": sum(texts[True][i] == texts[False][i] for i in clips),
-        "decode_different_texts": len({" ".join(text) for text in texts[True].values()}),
+        "decode_clips_with_the_same_text": sum(texts["batch"][i] == texts["alone"][i] for i in clips),
+        "decode_different_texts": len({" ".join(text) for text in texts["batch"].values()}),
         "decode_peak_above_weights_mb": (peak_memory(args.device) - held) / 1e6,
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    torch.manual_seed(0)
-    model = build_model(args)
-    dataset = make_dataset(model, args)
-    figures = measure_training(model, dataset, args) if args.steps else {}
-    return figures | (measure_decoding(model, dataset, args) if args.decode_clips else {})
-
-
-def compare() -> dict[str, list[float | None]]:
-    """Each figure's median over the turns: [as it is now, with --fixed, of their ratios]; None where there is none."""
-    args, given = parse(), [arg for arg in sys.argv[1:] if arg not in ("--compare", "--fixed")]
-    pairs = []
-    for _ in range(args.repeats):
-        pair = []
-        for extra in ([], ["--fixed", "--decode_clips=0"]):  # the highest memory use is a process's own
-            done = subprocess.run([sys.executable, __file__, *given, "--json", *extra], capture_output=True, text=True)
-            if done.returncode:
-                why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-                raise InputError(f"benchmark.py {' '.join(given + extra)}: {why[0]}")
-            pair.append(json.loads(done.stdout))
-        pairs.append(pair)
+def compare(repeats: int) -> dict[str, list[float]]:
+    """Each figure's median over the turns: as it is now, with --fixed, and of their ratios; or the first alone."""
+    given = [sys.executable, __file__, *(arg for arg in sys.argv[1:] if arg not in ("--compare", "--fixed")), "--json"]
+    turns = []
+    for extra in repeats * [[], ["--fixed", "--decode_batches=0"]]:  # the highest memory use is a process's own
+        done = subprocess.run(given + extra, capture_output=True, text=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["killed, perhaps for want of memory"]
+            raise InputError(f"{' '.join(given[1:] + extra)}: exit status {done.returncode}, {last[0]}")
+        turns.append(json.loads(done.stdout))
     figures = {}
-    for name, value in pairs[0][0].items():
-        figures[name] = [median(now[name] for now, _ in pairs), None, None]
-        if name in pairs[0][1]:
-            figures[name][1] = median(fixed[name] for _, fixed in pairs)
-            figures[name][2] = median(now[name] / fixed[name] for now, fixed in pairs) if value else None
+    for name in turns[0]:
+        now, fixed = [turn[name] for turn in turns[::2]], [turn.get(name) for turn in turns[1::2]]
+        figures[name] = [median(now)]
+        if None not in fixed:
+            figures[name] += [
+                median(fixed),
+                median(a / b if b else float("nan") for a, b in zip(now, fixed, strict=True)),
+            ]
     return figures
 
 
 def main() -> None:
     args = parse()
-    figures = compare() if args.compare else {name: [value] for name, value in measure(args).items()}
+    if args.compare:
+        figures = compare(args.repeats)
+    else:
+        torch.manual_seed(0)
+        model = build_model(args)
+        dataset = make_dataset(model, args)
+        figures = measure_training(model, dataset, args) if args.steps else {}
+        figures |= measure_decoding(model, dataset, args) if args.decode_batches else {}
     if args.json:
-        print(json.dumps(figures if args.compare else {name: value for name, (value,) in figures.items()}))
-        return
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
-    print(f"{args.encoder} + {args.llm}, {args.dtype}, {args.mean_seconds:g} s, {args.device} ({machine})")
+        return print(json.dumps(figures))
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{args.encoder} + {args.llm}, {args.dtype}, clips of {args.mean_seconds:g} s, {machine}")
     if args.compare:
         print(f"{'':40}{'now':>12}{'--fixed':>12}{'ratio':>12}")
     for name, values in figures.items():
-        print(f"{name:40}" + "".join(f"{'' if value is None else format(value, ',.4g'):>12}" for value in values))
+        print(f"{name:40}" + "".join(f"{value:12,.4g}" for value in (values if args.compare else [values])))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -49,6 +50,8 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0, end: float | No
             raise BadUtterance(f"{audio}: {found}; wanted a wav, flac, ogg or mp3 file") from None
         samples = soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
     name = audio if isinstance(audio, (str, Path)) else "audio array"
+    if not isinstance(audio, (str, Path)) and not np.issubdtype(np.asarray(audio).dtype, np.floating):
+        raise BadUtterance(f"{name}: samples of type {np.asarray(audio).dtype}; wanted floats between -1 and 1")
     if samples.ndim != 1 or not samples.size:
         raise BadUtterance(f"{name}: the audio is empty, or of shape {samples.shape} where (S,) is wanted")
     if not np.isfinite(samples).all():
@@ -62,7 +65,8 @@ def log_mel(samples: np.ndarray, num_mels: int, pad_to_30s: bool = False) -> lis
 
     windows = np.array_split(samples, -(-len(samples) // WINDOW))
     windows = [whisper.pad_or_trim(window) for window in windows] if pad_to_30s else windows
-    return [whisper.log_mel_spectrogram(window, num_mels).T for window in windows]
+    too_short = torch.zeros(0, num_mels)  # 200 samples are half of Whisper's first frame, which is mirrored at the edge
+    return [whisper.log_mel_spectrogram(w, num_mels).T if len(w) > 200 else too_short for w in windows]
 
 
 @lru_cache(maxsize=64)
@@ -75,14 +79,17 @@ def render_prompt(tokenizer, conversation: str) -> tuple[list[list[int]], int]:
 
     def render(messages: list[dict], **options) -> str:  # thinking models are told not to think, LLaMA 3 a fixed date
         options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:  # Mistral and Gemma have no system prompt, for one
+            raise BadUtterance(f"the chat template refuses the conversation ({error})") from None
 
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     if tokenizer.chat_template is None:
         raise InputError(f"{tokenizer.name_or_path}: no chat template; wanted an instruction-tuned LLM's tokenizer")
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in json.loads(conversation)]
+    messages = json.loads(conversation)
     pieces = [tokenize(text) for text in render(messages, add_generation_prompt=True).split(AUDIO)]
     answer = "Seven."
     after = tokenize(render([*messages, {"role": "assistant", "content": answer}]).rpartition(answer)[2])
@@ -98,7 +105,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     `on_bad`: "error" raises BadUtterance; "skip" leaves out what is known to be bad beforehand, such as a missing or
     overlong file (see `bad`, index -> reason); "keep" keeps every line. What turns out bad only when it is read
-    becomes, unless that is an error, a silent second without a transcript, with the reason in the example's `bad`.
+    becomes, unless that is an error, a silent moment without a transcript, with the reason in the example's `bad`.
     """
 
     records: Sequence[dict]
@@ -116,9 +123,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.bad, self.durations = {}, np.zeros(count)  # seconds
         with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
             list(pool.map(self.measure, np.array_split(np.arange(count), 64)))
-        if self.bad and (self.on_bad == "error" or (self.on_bad == "skip" and len(self.bad) == count)):
+        if self.bad and self.on_bad == "error":
             more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
+        if self.on_bad == "skip" and len(self.bad) == count:
+            raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
         self.indices = np.array([i for i in range(count) if self.on_bad != "skip" or i not in self.bad])
 
     def measure(self, indices: np.ndarray) -> None:
@@ -130,7 +139,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                 self.durations[index] = seconds_of(record, stated)
                 self.check_seconds(self.durations[index])
             except BadUtterance as error:
-                self.bad[index] = f"{record['where']}: {error}"
+                self.bad[index] = f"{record.get('where', f'record {index}')}: {error}"
 
     def check_seconds(self, seconds: float) -> None:
         if self.max_seconds and seconds > self.max_seconds + 0.01:
@@ -145,10 +154,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         try:
             return {"index": index, "bad": None, **self.build(record)}
         except BadUtterance as error:
-            reason = f"{record['where']}: {error}"
+            reason = f"{record.get('where', f'record {index}')}: {error}"
             if self.on_bad == "error":
                 raise BadUtterance(reason) from None
-            silence = {"wav": np.zeros(SAMPLE_RATE, np.float32)}
+            silence = {"wav": np.zeros(SAMPLE_RATE // 5, np.float32)}
             return {"index": index, "bad": reason, **self.build(silence), "target_ids": []}
 
     def build(self, record: dict) -> dict:
@@ -164,6 +173,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         messages = record.get("messages", [{"role": "user", "content": record.get("prompt", self.prompt)}])
         transcript = reference(record)
         asked = messages[:-1] if "messages" in record and transcript is not None else messages
+        asked = [{"role": turn["role"], "content": turn["content"]} for turn in asked]  # the same for other clips
         pieces, end_id = render_prompt(self.tokenizer, json.dumps(asked))
         if len(pieces) != len(counts) + 1:
             raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
@@ -173,7 +183,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         target_ids = []
         if transcript is not None:
             target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
-        if self.max_length and len(prompt_ids) + len(target_ids) > self.max_length:
+        if self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
             parts = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript"
             raise BadUtterance(f"{parts} do not fit in {self.max_length} (--model_max_length, or the LLM's context)")
         windows = [window for clip in features for window in clip]
@@ -209,7 +219,8 @@ def collate(examples: list[dict], with_targets: bool = True) -> dict:
 class LengthSampler(torch.utils.data.Sampler):
     """Positions in a random order in which each run of `batch_size` has similar lengths; a new order every epoch.
 
-    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again. The order
+    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again. The last batch
+    is filled up with positions that come twice, so that any number of processes sees the same batches. The order
     depends on the seed and the epoch alone, so a resumed run sees what the first would have seen.
     """
 
@@ -217,12 +228,11 @@ class LengthSampler(torch.utils.data.Sampler):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-len(self.lengths) // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         random, size = np.random.default_rng([self.seed, self.epoch()]), self.batch_size
-        groups = np.split(random.permutation(len(self)), range(50 * size, len(self), 50 * size))
+        order = np.resize(random.permutation(len(self.lengths)), len(self))
+        groups = np.split(order, range(50 * size, len(order), 50 * size))
         order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
-        full = len(order) - len(order) % size  # a smaller last batch stays the last
-        batches = random.permutation(order[:full].reshape(-1, size))
-        return iter(np.concatenate([batches.ravel(), order[full:]]).tolist())
+        return iter(random.permutation(order.reshape(-1, size)).ravel().tolist())

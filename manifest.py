@@ -31,7 +31,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except InputError as error:  # a DataLoader worker wraps the message in its traceback: the last part is ours
         cure = "; mend it, or pass --on_bad_audio skip" if isinstance(error, BadUtterance) else ""
-        print(f"error: {str(error).strip().rsplit('BadUtterance: ', 1)[-1]}{cure}", file=sys.stderr)
+        from tqdm.auto import tqdm  # takes a progress bar off the line first
+
+        tqdm.write(f"error: {str(error).strip().rsplit('BadUtterance: ', 1)[-1]}{cure}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -83,11 +85,10 @@ def check_line(line: bytes, where: str, needs_text: bool) -> float:
         if not isinstance(record.get(key, kind()), (kind, int) if kind is float else kind):
             raise InputError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}; wanted a {kind.__name__}")
     for turn in record.get("messages", []):
-        audio = turn.get("audio", []) if isinstance(turn, dict) and {"role", "content"} <= turn.keys() else None
-        if not isinstance(audio, list) or not all(isinstance(path, str) for path in audio):
-            raise InputError(
-                f"{where}: {str(turn)[:40]} in 'messages'; wanted an object with 'role', 'content', 'audio'"
-            )
+        texts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
+        audio = turn.get("audio", []) if isinstance(turn, dict) else []
+        if not isinstance(audio, list) or not all(isinstance(text, str) for text in texts + audio):
+            raise InputError(f"{where}: {turn} in 'messages'; wanted texts in 'role', 'content' and a list in 'audio'")
     if record.get("end", np.inf) <= record.get("start", 0) or record.get("start", 0) < 0:
         raise InputError(
             f"{where}: start {record.get('start', 0)} and end {record.get('end')}; wanted 0 <= start < end"

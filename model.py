@@ -9,11 +9,13 @@ frames (20 ms), N speech embeddings, L tokens, K last tokens with labels, D enco
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dataset import IGNORE, PROMPT, SPEECH, SpeechDataset, collate, render_prompt
+from dataset import AUDIO, IGNORE, PROMPT, SPEECH, SpeechDataset, collate, render_prompt
 from manifest import InputError
 
 
@@ -46,12 +48,12 @@ class SpeechLLMConfig:
 
     @classmethod
     def load(cls, folder: str, **overrides) -> "SpeechLLMConfig":
-        path = Path(folder, "config.json")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; wanted a folder that train.py or save_pretrained wrote")
-        names = {f.name for f in fields(cls) if f.init}
-        found = {key: value for key, value in json.loads(path.read_text()).items() if key in names}
-        return cls(**{**found, **overrides})
+        path, names = Path(folder, "config.json"), {f.name for f in fields(cls) if f.init}
+        try:
+            found = {key: value for key, value in json.loads(path.read_text()).items() if key in names}
+            return cls(**{**found, **overrides})
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}; wanted a folder that train.py or save_pretrained wrote") from None
 
 
 class WhisperEncoder(nn.Module):
@@ -69,7 +71,14 @@ class WhisperEncoder(nn.Module):
         if name_or_path not in whisper.available_models() and not os.path.isfile(name_or_path):
             known = ", ".join(whisper.available_models())
             raise InputError(f"{name_or_path}: no such Whisper model; wanted the path of a .pt file or one of {known}")
-        self.whisper = whisper.load_model(name_or_path, device="cpu").encoder
+        try:
+            self.whisper = whisper.load_model(name_or_path, device="cpu").encoder
+        except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{name_or_path}: cannot load the Whisper model ({reason})") from None
+        for module in self.whisper.modules():
+            if isinstance(module, nn.LayerNorm):  # Whisper's own casts its input to fp32, which bf16 weights refuse
+                module.__class__ = nn.LayerNorm
         self.num_mels, self.output_size = self.whisper.conv1.in_channels, self.whisper.conv2.out_channels
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
@@ -132,8 +141,11 @@ class SpeechLLM(nn.Module):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.llm = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{path}: cannot load the LLM ({str(error).splitlines()[0]})") from None
+        # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the whole vocabulary matrix each time:
+        # half of a training step with a small LLM.
+        self.llm.get_output_embeddings().register_forward_pre_hook(lambda _, x: tuple(t.contiguous() for t in x))
         self.encoder = WhisperEncoder(config.whisper_model_name_or_path).to(self.llm.dtype)
         self.llm.requires_grad_(False)
         self.encoder.requires_grad_(False)
@@ -147,7 +159,9 @@ class SpeechLLM(nn.Module):
         # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat; only its stop tokens are kept.
         stop_ids = self.llm.generation_config.eos_token_id
         stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
-        _, end_id = render_prompt(self.tokenizer, json.dumps([{"role": "user", "content": config.prompt}]))
+        pieces, end_id = render_prompt(self.tokenizer, json.dumps([{"role": "user", "content": config.prompt}]))
+        if len(pieces) != 2:
+            raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it, once")
         self.stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})
         self.llm.generation_config = GenerationConfig(eos_token_id=self.stop_ids, pad_token_id=end_id)
         self.eval()
@@ -275,17 +289,19 @@ class SpeechLLM(nn.Module):
         order = sorted(positions, key=lambda i: -dataset.durations[dataset.indices[i]])
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         to_batch = partial(collate, with_targets=False)
-        for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
-            index, problems, _ = (batch.pop(key) for key in ("index", "bad", "labels"))
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            ids = self.generate(**batch, num_beams=num_beams, max_new_tokens=max_new_tokens, **options).cpu()
-            stopped = torch.isin(ids, torch.tensor(self.stop_ids)).any(1).tolist()
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            texts = ["" if bad else " ".join(text.split()) for text, bad in zip(texts, problems, strict=True)]
-            cut = f"no end within {max_new_tokens} new tokens"
-            problems = [bad or (None if end else cut) for bad, end in zip(problems, stopped, strict=True)]
-            yield list(zip(index, texts, problems, strict=True))
-        self.train(training)
+        try:
+            for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
+                index, problems, _ = (batch.pop(key) for key in ("index", "bad", "labels"))
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                ids = self.generate(**batch, num_beams=num_beams, max_new_tokens=max_new_tokens, **options).cpu()
+                stopped = torch.isin(ids, torch.tensor(self.stop_ids)).any(1).tolist()
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                texts = ["" if bad else " ".join(text.split()) for text, bad in zip(texts, problems, strict=True)]
+                cut = f"no end within {max_new_tokens} new tokens"
+                problems = [bad or (None if end else cut) for bad, end in zip(problems, stopped, strict=True)]
+                yield list(zip(index, texts, problems, strict=True))
+        finally:  # also if the caller stops early
+            self.train(training)
 
     def transcribe(self, audio, **options) -> str | list[str]:
         """The transcript of an audio file (or of samples (S,) at 16 kHz); of a list, the list of transcripts.
@@ -296,5 +312,9 @@ class SpeechLLM(nn.Module):
         records = [{"where": f"audio {i}", "wav": a} for i, a in enumerate(audio if many else [audio])]
         room = self.max_length - options.get("max_new_tokens", 200)
         rows = chain.from_iterable(self.decode(self.make_dataset(records, max_length=room), **options))
-        texts = [text for _, text, _ in sorted(rows)]
+        texts = []
+        for index, text, problem in sorted(rows):
+            texts.append(text)
+            if problem:
+                warnings.warn(f"audio {index}: {problem}", stacklevel=2)
         return texts if many else texts[0]

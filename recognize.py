@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from manifest import Manifest, record_key, reference, run
+from manifest import InputError, Manifest, record_key, reference, run
 from resume import journals, open_journal, read_journals
 from score import score_files
 
@@ -86,6 +86,8 @@ def recognize_files(args: argparse.Namespace) -> None:
 def recognize_manifest(args: argparse.Namespace) -> None:
     """Decode a manifest into a result file, on one process or on a share each of several, and score it."""
     manifest = Manifest(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
+    if not (folder := Path(args.result_path).parent).is_dir():
+        raise InputError(f"{folder}: no such folder, for --result_path {args.result_path}")
     rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))

@@ -12,7 +12,7 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
 
     trainer_state.json is written last: a folder without it was torn by a kill.
     """
-    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if is_json(path)]
     if not folders:
         return None
     folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
@@ -22,6 +22,14 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in changed)
         raise InputError(f"{folder}: this run contradicts it ({changes}); restore that, or choose another --output_dir")
     return str(folder)
+
+
+def is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def journals(result_path: str) -> list[Path]:

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from dataset import LengthSampler, collate
 from evaluate import evaluate
-from manifest import Manifest, run
+from manifest import InputError, Manifest, run
 from model import SpeechLLM, SpeechLLMConfig
 from resume import find_checkpoint
 
@@ -77,6 +77,11 @@ class SpeechTrainer(Trainer):
         del inputs["index"]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Frozen weights are missing from a checkpoint by design; nothing else may be."""
+        missing = {name for name, _ in self.model.trained()} & set(load_result.missing_keys)
+        assert not missing and not load_result.unexpected_keys, f"checkpoint does not fit the model: {load_result}"
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir, state = output_dir or self.args.output_dir, None
         if self.is_deepspeed_enabled:  # fp32 master weights, which all processes hold together
@@ -115,7 +120,8 @@ def prepare_deepspeed() -> None:
 def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArguments]:
     """The three groups of arguments; names that transformers has dropped are translated."""
     argv = [OLD_FLAGS.get(flag, flag) + equals + value for flag, equals, value in (arg.partition("=") for arg in argv)]
-    parser = HfArgumentParser((SpeechLLMConfig, DataArguments, TrainArguments), description=__doc__.splitlines()[0])
+    groups, about = (SpeechLLMConfig, DataArguments, TrainArguments), __doc__.splitlines()[0]
+    parser = HfArgumentParser(groups, description=about, allow_abbrev=False)
     try:
         *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, OSError) as error:
@@ -131,11 +137,16 @@ def main() -> None:
     manifest = Manifest(data.data_path)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     settings |= {"manifest": manifest.sha256, "deepspeed": bool(args.deepspeed)}
-    settings |= {name: getattr(data, name) for name in ("model_max_length", "max_seconds", "on_bad_audio")}
+    settings |= {
+        name: getattr(data, name)
+        for name in ("model_max_length", "max_seconds", "on_bad_audio", "projector_model_path")
+    }
     settings |= {name: getattr(args, name) for name in DECISIVE}
     settings = json.loads(json.dumps(settings))
     checkpoint = find_checkpoint(args.output_dir, settings)
 
+    if args.eval_strategy != "no" and not data.eval_data_path:
+        raise InputError(f"--eval_strategy {args.eval_strategy.value} wants a manifest; give --eval_data_path")
     if args.deepspeed:
         prepare_deepspeed()
     model = SpeechLLM(config)
@@ -153,11 +164,13 @@ def main() -> None:
     if checkpoint and trainer.is_world_process_zero():
         print(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
 
     for made in filter(None, (dataset, eval_dataset)):
         trainer.skipped.update(dict.fromkeys(made.bad.values()))
     skipped = {reason: None for part in gather_object([list(trainer.skipped)]) for reason in part}
+    if sum(reason.startswith(f"{manifest.path}:") for reason in skipped) == len(manifest):
+        raise InputError(f"every utterance is bad; the first: {min(skipped)}")
+    trainer.save_model()
     if skipped and trainer.is_world_process_zero():
         print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
 

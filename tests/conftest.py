@@ -124,6 +124,7 @@ def run_script(command: list[str], folder: str, environment: dict, out: str, err
     os.setsid()  # a process group of its own, which one kill takes down with its data-loading workers
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+    multiprocessing.set_start_method("fork", force=True)  # for data-loading workers, as in any new process
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
