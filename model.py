@@ -8,7 +8,6 @@ frames (20 ms), N speech embeddings, L tokens, K last tokens with labels, D enco
 """
 
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -68,9 +67,6 @@ class WhisperEncoder(nn.Module):
         super().__init__()
         import whisper
 
-        if name_or_path not in whisper.available_models() and not os.path.isfile(name_or_path):
-            known = ", ".join(whisper.available_models())
-            raise InputError(f"{name_or_path}: no such Whisper model; wanted the path of a .pt file or one of {known}")
         try:
             self.whisper = whisper.load_model(name_or_path, device="cpu").encoder
         except (OSError, RuntimeError, KeyError, UnpicklingError) as error:
@@ -143,8 +139,8 @@ class SpeechLLM(nn.Module):
             self.llm = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{path}: cannot load the LLM ({str(error).splitlines()[0]})") from None
-        # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the whole vocabulary matrix each time:
-        # half of a training step with a small LLM.
+        # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the vocabulary matrix each time:
+        # half the time of a training step with a small LLM.
         self.llm.get_output_embeddings().register_forward_pre_hook(lambda _, x: tuple(t.contiguous() for t in x))
         self.encoder = WhisperEncoder(config.whisper_model_name_or_path).to(self.llm.dtype)
         self.llm.requires_grad_(False)
@@ -306,15 +302,14 @@ class SpeechLLM(nn.Module):
     def transcribe(self, audio, **options) -> str | list[str]:
         """The transcript of an audio file (or of samples (S,) at 16 kHz); of a list, the list of transcripts.
 
-        `options` are those of `decode`. Raises BadUtterance for audio that cannot be read.
+        `options` are those of `decode`. Audio that cannot be read has an empty transcript and a warning that says why.
         """
         many = isinstance(audio, (list, tuple))
-        records = [{"where": f"audio {i}", "wav": a} for i, a in enumerate(audio if many else [audio])]
+        records = [{"where": f"audio {number}", "wav": a} for number, a in enumerate(audio if many else [audio], 1)]
         room = self.max_length - options.get("max_new_tokens", 200)
-        rows = chain.from_iterable(self.decode(self.make_dataset(records, max_length=room), **options))
-        texts = []
-        for index, text, problem in sorted(rows):
-            texts.append(text)
+        rows = sorted(chain(*self.decode(self.make_dataset(records, max_length=room, on_bad="keep"), **options)))
+        for index, _, problem in rows:
             if problem:
-                warnings.warn(f"audio {index}: {problem}", stacklevel=2)
+                warnings.warn(f"audio {index + 1}: {problem.removeprefix(f'audio {index + 1}: ')}", stacklevel=2)
+        texts = [text for _, text, _ in rows]
         return texts if many else texts[0]

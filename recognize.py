@@ -9,9 +9,9 @@ import json
 import os
 import sys
 import time
+import warnings
 from datetime import timedelta
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -72,15 +72,10 @@ def fingerprint(model, manifest: Manifest, args: argparse.Namespace) -> str:
 
 
 def recognize_files(args: argparse.Namespace) -> None:
-    """One transcript a line for each audio file; one that cannot be read gives an empty line and a word on stderr."""
-    model = load_model(args)
-    records = [{"where": f"file {number}", "wav": path} for number, path in enumerate(args.audio, 1)]
-    dataset = model.make_dataset(records, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
+    """One transcript a line for each audio file; one that cannot be read gives an empty line and a warning."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    for _, text, problem in sorted(chain.from_iterable(model.decode(dataset, **options))):
-        print(text)
-        if problem:
-            print(f"warning: {problem}", file=sys.stderr)
+    print(*load_model(args).transcribe(args.audio, **options), sep="\n")
 
 
 def recognize_manifest(args: argparse.Namespace) -> None:

@@ -233,7 +233,7 @@ def test_audio_files_give_one_transcript_a_line_in_the_order_given(world, traine
     ]
     assert wanted[2]
     assert job.out.split("\n")[-6:-1] == [*wanted[:2], "", *wanted[2:]]
-    assert re.search(r"^warning: file 3: nowhere\.wav: no such file", job.err, re.MULTILINE)
+    assert re.search(r"^warning: audio 3: nowhere\.wav: no such file", job.err, re.MULTILINE)
 
 
 # Wrong input.

@@ -451,7 +451,7 @@ def test_a_broken_manifest_is_told_with_file_and_line(script, text, told, tmp_pa
     ("flags", "told"),
     [
         ("--llm_model_name_or_path no_llm", "no_llm: cannot load the LLM"),
-        ("--whisper_model_name_or_path no_whisper", "no_whisper: no such Whisper model"),
+        ("--whisper_model_name_or_path no_whisper", "no_whisper: cannot load the Whisper model"),
         ("--projector_model_path nowhere/model.safetensors", "nowhere/model.safetensors"),
         ("--projector_model_path trained/model.safetensors --projector_hidden_size 32", "linear1.weight"),
         ("--eval_data_path nowhere.jsonl --eval_strategy epoch", "nowhere.jsonl: no such manifest"),
