@@ -22,11 +22,15 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# Threads that wait must not spin: beside another busy program 38 steps of the encoder took 160 s so, and now 9 s.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import numpy as np
 import torch
@@ -501,6 +505,8 @@ def recognize(folder: Path, name: str) -> None:
 
 
 def llm_process(folder: Path, settings: Settings, stage: Stage) -> None:
+    parent = multiprocessing.parent_process()  # if it is killed, this process must not write on beside the next run
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(max(1, CORES // 2))
     stage.run(["llm"], train_llm, folder, settings)
 

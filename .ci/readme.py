@@ -4,6 +4,7 @@ The commands are run as they stand but for names: models and data that are not h
 become 2 on the CPU, and long training stops after a few steps. `make` lines are run by .ci/run itself.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ NAMES = {
     r"--save_steps 100": "--save_steps 4 --max_steps 4",
     r"--gradient_accumulation_steps 8": "--gradient_accumulation_steps 1",
     r"\bdemo_run\b": str(DEMO),
-    r"python benchmark.py (.*)": r"python benchmark.py \1 --quick",
+    r"(python benchmark.py .*)": r"\1 --llm nano --batch_size 1 --steps 1 --decode_batches 1 --repeats 1",
 }
 
 
@@ -37,6 +38,7 @@ def main() -> None:
     for name in ("a.wav", "b.wav"):
         (folder / name).symlink_to(clip)
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    environment = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     count = 0
     for language, text in blocks:
         for pattern, replacement in NAMES.items():
@@ -47,13 +49,10 @@ def main() -> None:
                 continue
             print(f"$ {' '.join(line.split())}" if language == "bash" else line, flush=True)
             command = ["bash", "-c", line] if language == "bash" else [sys.executable, "-c", line]
-            subprocess.run(command, cwd=folder, check=True, env={**ENVIRONMENT})
+            subprocess.run(command, cwd=folder, check=True, env=environment)
             count += 1
     print(f"{count} commands and examples of README.md ran")
 
 
 if __name__ == "__main__":
-    import os
-
-    ENVIRONMENT = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     main()
