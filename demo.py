@@ -1,6 +1,6 @@
 """The whole job on a laptop, nothing downloaded: a table of word error rates and three transcripts.
 
-    python demo.py           # about six minutes on two cores
+    python demo.py           # about seven minutes on two cores
     python demo.py --quick   # everything once in a minute or two; its error rates mean nothing
 
 espeak-ng speaks made-up sentences in 16 voices. A small Whisper encoder learns to recognise them with CTC, a small
