@@ -83,6 +83,8 @@ def recognize_manifest(args: argparse.Namespace) -> None:
     manifest = Manifest(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
     if not (folder := Path(args.result_path).parent).is_dir():
         raise InputError(f"{folder}: no such folder, for --result_path {args.result_path}")
+    if not args.result_path.endswith((".txt", ".jsonl")):
+        raise InputError(f"--result_path {args.result_path}: wanted the ending .txt or .jsonl")
     rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))

@@ -52,7 +52,6 @@ class TrainArguments(TrainingArguments):
     )
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool = False
-    ddp_broadcast_buffers: bool = False
 
 
 class SpeechTrainer(Trainer):

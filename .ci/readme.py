@@ -32,7 +32,7 @@ def main() -> None:
     folder = DEMO / "readme"
     subprocess.run(["rm", "-rf", folder], check=True)
     folder.mkdir(parents=True)
-    for name in (*ROOT.glob("*.py"), ROOT / "ds_config_zero3.json"):
+    for name in (*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "ds_config_zero3.json"):
         (folder / name.name).symlink_to(name)
     clip = next((DEMO / "wav").rglob("*.wav"))
     for name in ("a.wav", "b.wav"):

@@ -272,6 +272,7 @@ def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, tr
         ("--projector_model_path nowhere/model.safetensors " + MODEL_FLAGS, "nowhere/model.safetensors"),
         ("--model_path trained --llm_model_name_or_path no_llm", "no_llm"),
         ("--model_path trained --result_path nowhere/result.txt", "nowhere"),
+        ("--model_path trained --result_path result.trn", "wanted the ending .txt or .jsonl"),
     ],
 )
 def test_paths_that_do_not_exist_are_one_line(flags, told, trained, launch):
