@@ -16,7 +16,8 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
     if not folders:
         return None
     folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    before = json.loads((folder / "train_settings.json").read_text())
+    path = folder / "train_settings.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}  # another program's checkpoint: all contradicts
     changed = [key for key in settings | before if before.get(key) != settings.get(key)]
     if changed:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in changed)

@@ -132,6 +132,8 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
 
 def main() -> None:
     config, data, args = parse(sys.argv[1:])
+    if args.fsdp:
+        raise InputError("--fsdp: the projector would be saved in shards; use --deepspeed ds_config_zero3.json")
     set_seed(args.seed)
     manifest = Manifest(data.data_path)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
