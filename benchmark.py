@@ -3,6 +3,7 @@
 python benchmark.py --encoder tiny --llm small --mean_seconds 4.5            # as train.py and recognize.py do it
 python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --fixed    # the old recipe: 30 s, 512 tokens
 python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --compare  # both in turns, and their ratios
+python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --compare="--lora_r 8"  # what LoRA costs
 """
 
 import argparse
@@ -25,9 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dataset import IGNORE, SAMPLE_RATE, SPEECH, LengthSampler, SpeechDataset, collate
-from manifest import InputError, run
-from model import SpeechLLM, SpeechLLMConfig, speech_lengths
+from dataset import IGNORE, LengthSampler, SpeechDataset, collate
+from manifest import SAMPLE_RATE, InputError, run
+from model import SpeechLLM
+from projectors import PROJECTORS
+from prompt import SPEECH
 
 ENCODERS = {  # mel bins, width, heads, layers
     "tiny": (80, 384, 6, 4),
@@ -62,7 +65,10 @@ def parse() -> argparse.Namespace:
     add("--llm", choices=LLMS, default="small", help="LLM size (default: small = 8 layers, 512 wide, 151,936 tokens)")
     add("--mean_seconds", type=float, default=4.5, help="mean length of the clips, up to 20 seconds (default: 4.5)")
     add("--fixed", action="store_true", help="the old recipe: audio padded to 30 s, text to 512 tokens, all logits")
-    add("--compare", action="store_true", help="run with and without --fixed in turns, each in a process of its own")
+    add("--projector", choices=sorted(PROJECTORS), default="conv1d", help="default: conv1d")
+    add("--lora_r", type=int, default=0, help="rank of LoRA on the LLM, 0 = none (default: 0)")
+    add("--compare", nargs="?", const="--fixed", metavar="FLAGS",
+        help="run without and with these flags in turns, each in a process of its own (default: --fixed)")  # fmt: skip
     add("--repeats", type=int, default=3, help="turns of --compare, of which medians are given (default: 3)")
     add("--batch_size", type=int, default=4, help="clips a training step (default: 4)")
     add("--steps", type=int, default=5, help="timed training steps, 0 to 50; one more warms up (default: 5)")
@@ -112,12 +118,13 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch("model.AutoModelForCausalLM.from_pretrained", random_llm),
+        patch("llm.AutoModelForCausalLM.from_pretrained", random_llm),
         patch("whisper.load_model", lambda *_, **__: whisper.Whisper(dims)),
         torch.device(args.device),
     ):
         tokenizer.save_pretrained(folder)
-        model = SpeechLLM(SpeechLLMConfig(folder, args.encoder, pad_to_30s=args.fixed))
+        options = {"pad_to_30s": args.fixed, "lora_r": args.lora_r}
+        model = SpeechLLM.from_parts(args.encoder, folder, args.projector, **options)
     model.llm.generation_config.eos_token_id = None  # random weights would stop anywhere
     return model
 
@@ -164,18 +171,19 @@ def count_work(model: SpeechLLM, seconds: Tensor, batch: dict[str, Tensor]) -> d
     no backward. Attention without the half that the causal mask hides; the vocabulary only where there are labels.
     """
     features = (100 * seconds).long()
-    frames, speech = (features + 1) // 2, speech_lengths(features, model.config.projector_stride)
+    frames, speech = model.encoder.output_lengths(features), model.speech_lengths(features)
     texts = (batch["attention_mask"].bool() & (batch["input_ids"] != SPEECH)).sum(1)  # prompt and transcript
     tokens, labels = texts + speech, (batch["labels"] != IGNORE).sum(1)
 
-    encoder, projector, llm, config = model.encoder.whisper, model.projector, model.llm, model.llm.config
-    work = 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.blocks)) * frames
-    work += len(encoder.blocks) * 4 * frames**2 * model.encoder.output_size
-    work += (6 * size(projector) - 2 * size(projector.conv)) * speech
+    encoder, projector, llm, config = model.encoder.model, model.projector, model.llm, model.llm.config
+    work = 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.layers)) * frames
+    work += len(encoder.layers) * 4 * frames**2 * model.encoder.output_size
+    first = next(m for m in projector.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
+    work += (6 * size(projector) - 2 * size(first)) * speech
     work += 4 * size(llm.model) * tokens + config.num_hidden_layers * 6 * tokens**2 * config.hidden_size
     work += 4 * config.hidden_size * config.vocab_size * labels
     useful = {"seconds": seconds, "features": features, "tokens": tokens, "operations": work.double()}
-    padded = {"padded_features": batch["input_features"][:, 0].numel(), "padded_tokens": batch["input_ids"].numel()}
+    padded = {"padded_features": batch["input_features"][:, :, 0].numel(), "padded_tokens": batch["input_ids"].numel()}
     return {name: value.sum().item() for name, value in useful.items()} | padded
 
 
@@ -212,7 +220,7 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
     batches = pick(batches[dataset.durations[batches].mean(1).argsort()], args.steps)
     batches = [batches[-1], *batches]  # the longest warms up
     held = reset_peak(args.device)
-    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     autocast = partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
     model.train()
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.num_workers))
@@ -261,7 +269,6 @@ def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
 
     size = args.decode_batch_size
     batches = pick(dataset.durations.argsort()[: GROUP * size].reshape(GROUP, size), args.decode_batches).tolist()
-    held = reset_peak(args.device)
     decode(batches[0][:1])  # warms up
     times, texts = {"batch": 0.0, "alone": 0.0}, {"batch": {}, "alone": {}}
     for batch in batches:
@@ -274,21 +281,19 @@ def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
     audio = float(dataset.durations[clips].sum())
     return {
         "decode_audio_seconds_a_second": audio / times["batch"],
-        "decode_RTF": times["batch"] / audio,
         "decode_alone_audio_seconds_a_second": audio / times["alone"],
         "decode_batch_over_alone": times["alone"] / times["batch"],
         "decode_clips": len(clips),
         "decode_clips_with_the_same_text": sum(texts["batch"][i] == texts["alone"][i] for i in clips),
         "decode_different_texts": len({" ".join(text) for text in texts["batch"].values()}),
-        "decode_peak_above_weights_mb": (peak_memory(args.device) - held) / 1e6,
     }
 
 
-def compare(repeats: int) -> dict[str, list[float]]:
-    """Each figure's median over the turns: as it is now, with --fixed, and of their ratios; or the first alone."""
-    given = [sys.executable, __file__, *(arg for arg in sys.argv[1:] if arg not in ("--compare", "--fixed")), "--json"]
-    turns = []
-    for extra in repeats * [[], ["--fixed", "--decode_batches=0"]]:  # the highest memory use is a process's own
+def compare(repeats: int, flags: str) -> dict[str, list[float]]:
+    """Each figure's median over the turns: as it is now, with the flags, and of their ratios; or the first alone."""
+    own = [arg for arg in sys.argv[1:] if not arg.startswith("--compare") and arg != flags]
+    given, turns = [sys.executable, __file__, *own, "--json"], []
+    for extra in repeats * [[], [*flags.split(), "--decode_batches=0"]]:  # the highest memory use is a process's own
         done = subprocess.run(given + extra, capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["killed, perhaps for want of memory"]
@@ -309,7 +314,7 @@ def compare(repeats: int) -> dict[str, list[float]]:
 def main() -> None:
     args = parse()
     if args.compare:
-        figures = compare(args.repeats)
+        figures = compare(args.repeats, args.compare)
     else:
         torch.manual_seed(0)
         model = build_model(args)
@@ -321,7 +326,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{args.encoder} + {args.llm}, {args.dtype}, clips of {args.mean_seconds:g} s, {machine}")
     if args.compare:
-        print(f"{'':40}{'now':>12}{'--fixed':>12}{'ratio':>12}")
+        print(f"{'':40}{'now':>12}{args.compare:>12}{'ratio':>12}")
     for name, values in figures.items():
         print(f"{name:40}" + "".join(f"{value:12,.4g}" for value in (values if args.compare else [values])))
 

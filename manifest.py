@@ -6,6 +6,7 @@ records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "
 
 import json
 import sys
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -27,6 +28,7 @@ class BadUtterance(InputError):
 
 def run(main: Callable[[], None]) -> None:
     """Call a command's `main`; wrong input becomes one line on standard error and exit status 2."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
     except InputError as error:  # a DataLoader worker wraps the message in its traceback: the last part is ours

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -27,11 +26,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("audio", nargs="*", help="audio files to recognise, one transcript a line on standard output")
-    add("--model_path", help="folder that train.py wrote: says of itself which encoder, LLM and prompt it needs")
+    add("--model_path", help="folder or Hub name: says of itself which encoder, LLM and prompt it needs")
+    add("--revision", help="of --model_path on the Hub: branch, tag or commit")
     add("--projector_model_path", help="model.safetensors, in place of --model_path")
     add("--llm_model_name_or_path", help="the LLM (default: what the checkpoint names)")
-    add("--whisper_model_name_or_path", help="the speech encoder (default: what the checkpoint names)")
+    names = "--encoder_name_or_path", "--whisper_model_name_or_path"
+    add(*names, help="the speech encoder (default: what the checkpoint names)")
     add("--prompt", help="the user's turn, with <audio> in it (default: the checkpoint's)")
+    add("--system_prompt", help="the system's turn (default: the checkpoint's)")
+    add("--chat_template", help="FILE.jinja in place of the LLM's own (default: the checkpoint's)")
+    add("--quantize", choices=["4bit", "8bit"], help="hold the LLM so, by bitsandbytes on a GPU")
+    add("--merge_lora", action="store_true", help="add LoRA to the weights beside it, for speed")
     add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'")
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
     add("--num_beams", type=int, default=4, help="beams of the search; 1 = greedy (default: 4)")
@@ -50,22 +55,28 @@ def parse() -> argparse.Namespace:
 
 def load_model(args: argparse.Namespace):
     """The SpeechLLM that the flags name; they win over the config.json beside the weights, and can stand in for it."""
-    from model import SpeechLLM, SpeechLLMConfig  # here, so that --help is quick
+    from checkpoint import find_folder, load_config  # here, so that --help is quick
+    from model import SpeechLLM, SpeechLLMConfig
 
-    weights = Path(args.projector_model_path or Path(args.model_path, "model.safetensors"))
-    names = ["llm_model_name_or_path", "whisper_model_name_or_path", "prompt"]
+    folder = Path(args.projector_model_path).parent if args.projector_model_path else None
+    folder = folder or find_folder(args.model_path, args.revision)
+    names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize".split()
     given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    alone = set(names[:2]) <= given.keys() and not (weights.parent / "config.json").is_file()
-    model = SpeechLLM(SpeechLLMConfig(**given) if alone else SpeechLLMConfig.load(weights.parent, **given))
-    model.load_trained(weights)
+    alone = set(names[:2]) <= given.keys() and not (folder / "config.json").is_file()
+    config = SpeechLLMConfig(**given) if alone else load_config(folder, **given)
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return model.to(args.device or gpu)
+    model = SpeechLLM(config, device=args.device or gpu)
+    model.load_trained(args.projector_model_path or folder / "model.safetensors")
+    if args.merge_lora:
+        model.merge_lora()
+    return model
 
 
 def fingerprint(model, manifest: Manifest, args: argparse.Namespace) -> str:
     """Hash of all that decides a hypothesis: the start of every weight tensor, prompt, manifest, search settings."""
-    settings = [model.config.prompt, model.config.pad_to_30s, manifest.sha256, args.num_beams, args.max_new_tokens]
-    digest = sha256(json.dumps(settings).encode())
+    config = {name: value for name, value in model.config.to_dict().items() if name != "training"}
+    settings = [config, manifest.sha256, args.num_beams, args.max_new_tokens]
+    digest = sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -73,7 +84,6 @@ def fingerprint(model, manifest: Manifest, args: argparse.Namespace) -> str:
 
 def recognize_files(args: argparse.Namespace) -> None:
     """One transcript a line for each audio file; one that cannot be read gives an empty line and a warning."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     print(*load_model(args).transcribe(args.audio, **options), sep="\n")
 

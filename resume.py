@@ -1,6 +1,8 @@
 """Going on after a kill, and never with what another run has left: training checkpoints, decoding journals."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +25,18 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in changed)
         raise InputError(f"{folder}: this run contradicts it ({changes}); restore that, or choose another --output_dir")
     return str(folder)
+
+
+def keep_best(output_dir: str, metric: str, count: int) -> None:
+    """Delete all checkpoints but the last and the `count` whose evaluation had the lowest `metric`."""
+    rates = {}  # step -> rate
+    for path in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
+        step = int(path.parent.name.removeprefix("checkpoint-"))
+        logs = [log for log in json.loads(path.read_text())["log_history"] if log["step"] == step]
+        rates[step] = next((log[f"eval_{metric}"] for log in logs if f"eval_{metric}" in log), math.inf)
+    for step in sorted(rates, key=lambda step: (rates[step], -step))[count:]:
+        if step != max(rates):
+            shutil.rmtree(Path(output_dir, f"checkpoint-{step}"))
 
 
 def is_json(path: Path) -> bool:

@@ -113,10 +113,10 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(world):
-    from model import SpeechLLM, SpeechLLMConfig
+    from model import SpeechLLM
 
     torch.manual_seed(0)
-    return SpeechLLM(SpeechLLMConfig(str(world / "llm"), str(world / "whisper.pt"), projector_hidden_size=64))
+    return SpeechLLM.from_parts(str(world / "whisper.pt"), str(world / "llm"), projector_hidden_size=64)
 
 
 def run_script(command: list[str], folder: str, environment: dict, out: str, err: str) -> None:

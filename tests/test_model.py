@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from conftest import make_llm, make_tokenizer, make_whisper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dataset import AUDIO, IGNORE, SPEECH, collate, log_mel
+from arguments import ModelArguments
+from dataset import IGNORE, collate
 from manifest import SAMPLE_RATE, InputError, Manifest
-from model import Conv1dProjector, SpeechLLM, SpeechLLMConfig, WhisperEncoder, speech_lengths
+from model import SpeechLLM, SpeechLLMConfig
+from prompt import AUDIO, SPEECH
 
 SECONDS = [0.1, 29.3, 0.45, 3.2, 1.01, 7.7, 0.115, 2.5, 12.34, 0.9, 4.4, 1.5, 0.25, 5.05, 2.0, 0.6]  # 16 clips
 
@@ -51,13 +54,13 @@ def pad_further(batch: dict, count: int) -> dict:
 def build(world: Path, llm: str | Path = "llm", **options) -> SpeechLLM:
     """A model of its own, for tests that change it; its projector's weights are always the same."""
     torch.manual_seed(0)
-    options = {"whisper_model_name_or_path": str(world / "whisper.pt"), "projector_hidden_size": 64} | options
-    return SpeechLLM(SpeechLLMConfig(str(world / llm), **options))
+    options = {"encoder": str(world / "whisper.pt"), "projector_hidden_size": 64} | options
+    return SpeechLLM.from_parts(llm=str(world / llm), **options)
 
 
 def checkpoint_layers(model) -> None:
     """Gradient checkpointing, by the name that this version of transformers has for it."""
-    getattr(model.llm, "activation_checkpointing_enable", model.llm.gradient_checkpointing_enable)()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -80,61 +83,6 @@ def bf16_llm(world) -> Path:
 # The projector
 
 
-@pytest.mark.parametrize(
-    ("llm_size", "encoder_size", "millions"),
-    [
-        (4096, 384, "9.46"),  # LLaMA 3 8B, Whisper tiny
-        (4096, 768, "12.32"),  # LLaMA 3 8B, Whisper small
-        (4096, 1280, "18.32"),  # LLaMA 3 8B, Whisper large
-        (896, 1280, "12.07"),  # Qwen2 0.5B, Whisper large
-        (1536, 1280, "13.32"),  # Qwen2 1.5B, Whisper large
-        (3584, 1280, "17.32"),  # Qwen2 7B, Whisper large
-        (1536, 384, "4.5"),  # Qwen2 1.5B, Whisper tiny
-        (1536, 768, "7.3"),  # Qwen2 1.5B, Whisper small
-    ],
-)
-def test_the_projector_has_the_size_that_published_results_name(llm_size, encoder_size, millions):
-    with torch.device("meta"):
-        projector = Conv1dProjector(encoder_size, llm_size)
-    count = sum(p.numel() for p in projector.parameters()) / 2**20
-    assert f"{count:.{len(millions.partition('.')[2])}f}" == millions
-
-
-@pytest.mark.parametrize("stride", [1, 4, 5])
-def test_an_embedding_sees_its_own_frames_and_no_others(stride):
-    projector = Conv1dProjector(8, 6, stride, hidden_size=16)
-    frames = torch.randn(1, 23, 8)
-    embeddings = projector(frames)
-    assert embeddings.shape == (1, 23 // stride, 6)
-    changed = frames.clone()
-    changed[:, 2 * stride : 3 * stride] += 1
-    differs = (projector(changed) - embeddings).abs().amax(2)[0] > 1e-6
-    assert differs.tolist() == [n == 2 for n in range(23 // stride)]
-
-
-# The encoder
-
-
-def test_the_encoder_equals_whispers_own_on_30_s(world):
-    encoder, own = WhisperEncoder(str(world / "whisper.pt")), whisper.load_model(world / "whisper.pt").encoder
-    features = torch.stack([log_mel(noise(30, seed), 80)[0].T for seed in range(2)])
-    with torch.no_grad():
-        frames = encoder(features, torch.tensor([3000, 3000]))
-        torch.testing.assert_close(frames, own(features), atol=1e-5, rtol=1e-5)
-
-
-def test_the_frames_of_a_clip_are_the_same_alone_and_in_a_batch(model):
-    windows = [log_mel(noise(seconds, n), 80)[0] for n, seconds in enumerate(SECONDS)]
-    lengths = torch.tensor([len(window) for window in windows])
-    features = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True).transpose(1, 2)
-    with torch.no_grad():
-        together = model.encoder(features, lengths)
-        for row, window in zip(together, windows, strict=True):
-            alone = model.encoder(window.T[None], torch.tensor([len(window)]))[0]
-            assert len(alone) == (len(window) + 1) // 2
-            torch.testing.assert_close(row[: len(alone)], alone, atol=1e-4, rtol=0)
-
-
 def test_the_number_of_mel_bins_is_read_from_the_checkpoint(tmp_path):
     make_whisper(tmp_path / "80.pt")
     checkpoint = torch.load(tmp_path / "80.pt", weights_only=True)
@@ -142,7 +90,7 @@ def test_the_number_of_mel_bins_is_read_from_the_checkpoint(tmp_path):
     checkpoint["model_state_dict"]["encoder.conv1.weight"] = torch.randn(32, 128, 3)
     torch.save(checkpoint, tmp_path / "128.pt")
     make_llm(tmp_path / "llm")
-    model = build(tmp_path, whisper_model_name_or_path=str(tmp_path / "128.pt"))
+    model = build(tmp_path, encoder=str(tmp_path / "128.pt"))
     dataset = model.make_dataset(records_of([1.0]))
     assert dataset[0]["features"][0].shape == (100, 128)
     assert model(**batch_of(model, records_of([1.0])))["loss"].isfinite()
@@ -225,7 +173,8 @@ def test_the_loss_is_the_mean_over_transcript_and_end_token_of_their_negative_lo
         mel = whisper.log_mel_spectrogram(record["wav"])
         target = model.tokenizer(record["txt"] + "<|im_end|>", return_tensors="pt").input_ids
         with torch.no_grad():
-            speech = model.projector(model.encoder(mel[None], torch.tensor([mel.shape[1]])))
+            lengths = torch.tensor([mel.shape[1]])
+            speech = model.projector(model.encoder(mel.T[None], lengths), model.encoder.output_lengths(lengths))
             logits = model.llm(inputs_embeds=torch.cat([embed(head), speech, embed(tail), embed(target)], 1)).logits
         said = logits[0, -target.shape[1] - 1 : -1].log_softmax(1)
         terms += (-said.gather(1, target.T)).flatten().tolist()
@@ -261,7 +210,8 @@ def test_a_clip_over_30_s_has_the_embeddings_of_its_windows_joined_in_order(mode
     with torch.no_grad():
         found = model.embed(ids, features, lengths)[ids == SPEECH]
         windows = [whisper.log_mel_spectrogram(part) for part in np.array_split(samples, 3)]
-        parts = [model.projector(model.encoder(w[None], torch.tensor([w.shape[1]])))[0] for w in windows]
+        frames = [model.encoder(w.T[None], torch.tensor([w.shape[1]])) for w in windows]
+        parts = [model.projector(f, torch.tensor([f.shape[1]]))[0] for f in frames]
     torch.testing.assert_close(found, torch.cat(parts), atol=1e-4, rtol=1e-4)
 
 
@@ -380,7 +330,7 @@ def test_labels_are_smoothed_in_training_alone(world):
 def test_a_few_steps_on_one_batch_bring_the_loss_down(world):
     model = build(world).train()
     batch = batch_of(model, records_of([0.5, 1.0]))
-    optimizer = torch.optim.AdamW([p for _, p in model.trained()], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.saved().values()], lr=1e-3)
     losses = []
     for _ in range(15):
         losses.append(model(**batch)["loss"])
@@ -440,7 +390,7 @@ def test_a_saved_model_gives_the_same_text_when_it_is_loaded(model, tmp_path):
 def test_a_checkpoint_holds_the_projector_alone_in_fp32(world, bf16_llm, tmp_path):
     model = build(world, bf16_llm)
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == {f"projector.{name}" for name in model.projector.state_dict()}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
@@ -449,16 +399,23 @@ def test_a_checkpoint_holds_the_projector_alone_in_fp32(world, bf16_llm, tmp_pat
 def test_the_config_names_all_that_is_needed_and_may_be_overridden(world, tmp_path):
     model = build(world)
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == {
-        "llm_model_name_or_path": str(world / "llm"),
-        "whisper_model_name_or_path": str(world / "whisper.pt"),
-        "prompt": f"{AUDIO}\nTranscribe the speech",
-        "projector_stride": 5,
-        "projector_hidden_size": 64,
-        "pad_to_30s": False,
-        "encoder_size": 32,
-        "hidden_size": 48,
-    }
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        written.items()
+        >= {
+            "model_type": "speech_llm",
+            "llm_model_name_or_path": str(world / "llm"),
+            "encoder_name_or_path": str(world / "whisper.pt"),
+            "prompt": f"{AUDIO}\nTranscribe the speech",
+            "projector": "conv1d",
+            "projector_stride": 5,
+            "projector_hidden_size": 64,
+            "pad_to_30s": False,
+            "encoder_size": 32,
+            "hidden_size": 48,
+        }.items()
+    )
+    assert {f.name for f in fields(ModelArguments)} <= written.keys()
     moved = shutil.copytree(world / "llm", tmp_path / "moved")
     loaded = SpeechLLM.from_pretrained(tmp_path, llm_model_name_or_path=str(moved))
     assert loaded.config.llm_model_name_or_path == str(moved)
@@ -515,7 +472,7 @@ def test_weights_for_other_widths_are_refused_with_both_widths(model, tmp_path):
     with pytest.raises(InputError) as error:
         model.load_trained(tmp_path / "run" / "model.safetensors")
     message = str(error.value)
-    assert "encoder width 32, LLM width 48, stride 5, hidden size 64" in message
+    assert "encoder width 32, LLM width 48, conv1d projector of stride 5, hidden size 64" in message
     assert "projector.conv.weight is (64, 64, 5), wanted (32, 32, 5)" in message
     assert "projector.linear2.weight is (32, 64), wanted (48, 64)" in message
     assert "\n" not in message
@@ -524,7 +481,7 @@ def test_weights_for_other_widths_are_refused_with_both_widths(model, tmp_path):
 @pytest.mark.parametrize("harm", ["truncated", "garbage", "missing"])
 def test_a_weights_file_that_cannot_be_read_is_named_and_changes_nothing(world, tmp_path, harm):
     model = build(world)
-    before = {name: p.clone() for name, p in model.trained()}
+    before = {name: p.clone() for name, p in model.saved().items()}
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
@@ -532,7 +489,7 @@ def test_a_weights_file_that_cannot_be_read_is_named_and_changes_nothing(world, 
     with pytest.raises(InputError, match=r"model\.safetensors: cannot read the trained weights") as error:
         SpeechLLM.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
-    assert all(p.equal(before[name]) for name, p in model.trained())
+    assert all(p.equal(before[name]) for name, p in model.saved().items())
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"architectures": ["Qwen2ForCausalLM"]}', "{"])
@@ -545,9 +502,9 @@ def test_a_folder_that_is_no_checkpoint_of_ours_is_refused_by_name(tmp_path, con
 
 def test_an_unknown_whisper_is_refused_with_the_known_names(world):
     with pytest.raises(
-        InputError, match=r"whisper-huge: cannot load the Whisper model .*available models = .*tiny.*large-v3"
+        InputError, match=r"whisper-huge: cannot load a speech encoder .*available models = .*tiny.*large-v3"
     ) as error:
-        build(world, whisper_model_name_or_path="whisper-huge")
+        build(world, encoder="whisper-huge")
     assert "\n" not in str(error.value)
 
 
@@ -556,8 +513,8 @@ def test_a_whisper_file_that_cannot_be_read_is_named(world, tmp_path):
     (tmp_path / "garbage.pt").write_bytes(b"garbage" * 99)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     for name in ("torn.pt", "garbage.pt", "other.pt"):
-        with pytest.raises(InputError, match=f"{name}: cannot load the Whisper model") as error:
-            build(world, whisper_model_name_or_path=str(tmp_path / name))
+        with pytest.raises(InputError, match=f"{name}: cannot load a speech encoder") as error:
+            build(world, encoder=str(tmp_path / name))
         assert "\n" not in str(error.value)
 
 
@@ -664,8 +621,7 @@ def test_every_end_token_that_template_tokenizer_or_llm_know_stops_the_answer(wo
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [100, 101]}))
     model = build(world, llm)
     known = [model.tokenizer.convert_tokens_to_ids(token) for token in ("<|eot_id|>", "</s>")]
-    assert model.stop_ids == sorted([*known, 100, 101])
-    assert sorted(model.llm.generation_config.eos_token_id) == model.stop_ids
+    assert model.llm.generation_config.eos_token_id == sorted([*known, 100, 101])
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -690,6 +646,8 @@ def test_a_tokenizer_without_a_pad_token_decodes_batches(world):
 
 def test_the_embeddings_of_a_clip_are_as_many_as_the_dataset_leaves_places_for(model):
     for frames in range(9, 64):
-        features = torch.randn(1, 80, frames)
-        speech = model.projector(model.encoder(features, torch.tensor([frames])))
-        assert speech.shape[1] == speech_lengths(frames, 5) == speech_lengths(torch.tensor(frames), 5).item()
+        lengths = torch.tensor([frames])
+        speech = model.projector(
+            model.encoder(torch.randn(1, frames, 80), lengths), model.encoder.output_lengths(lengths)
+        )
+        assert speech.shape[1] == model.speech_lengths(frames) == model.speech_lengths(lengths).item()

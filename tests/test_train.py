@@ -111,7 +111,7 @@ def test_the_published_command_trains_under_torchrun_and_zero3(world):
 
 
 def test_dropped_flag_names_are_accepted_with_a_space_or_an_equals_sign():
-    from train import parse
+    from arguments import parse
 
     needed = f"{TRAIN_FLAGS} --data_path train.jsonl --output_dir out".split()
     for old in ("--evaluation_strategy steps --warmup_ratio 0.1", "--evaluation_strategy=steps --warmup_ratio=0.1"):
@@ -167,7 +167,7 @@ def test_only_the_projector_is_saved_and_the_folder_says_how_to_use_it(trained, 
         "hidden_size": 48,
     }
     monkeypatch.chdir(world)  # the run was given relative paths
-    assert_same(dict(SpeechLLM.from_pretrained(trained).trained()), weights(trained))
+    assert_same(SpeechLLM.from_pretrained(trained).saved(), weights(trained))
 
 
 def test_the_weights_are_saved_at_the_end_even_without_checkpoints(world, launch):
@@ -451,7 +451,7 @@ def test_a_broken_manifest_is_told_with_file_and_line(script, text, told, tmp_pa
     ("flags", "told"),
     [
         ("--llm_model_name_or_path no_llm", "no_llm: cannot load the LLM"),
-        ("--whisper_model_name_or_path no_whisper", "no_whisper: cannot load the Whisper model"),
+        ("--whisper_model_name_or_path no_whisper", "no_whisper: cannot load a speech encoder"),
         ("--projector_model_path nowhere/model.safetensors", "nowhere/model.safetensors"),
         ("--projector_model_path trained/model.safetensors --projector_hidden_size 32", "linear1.weight"),
         ("--eval_data_path nowhere.jsonl --eval_strategy epoch", "nowhere.jsonl: no such manifest"),

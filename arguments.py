@@ -1,0 +1,122 @@
+"""The arguments of train.py: flags, or a YAML file with the same names, or both.
+
+python train.py --llm_model_name_or_path Qwen2-1.5B-Instruct --encoder_name_or_path tiny --data_path train.jsonl ...
+python train.py config.yaml --learning_rate 1e-4  # the command line wins
+"""
+
+import json
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from config import SpeechLLMConfig
+from manifest import InputError
+
+OLD_FLAGS = {
+    "whisper_model_name_or_path": "encoder_name_or_path",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # below 1: a share of all steps
+}
+SECTIONS = ("data", "model", "training")
+model_fields = [f for f in fields(SpeechLLMConfig) if "help" in f.metadata]
+ModelArguments = make_dataclass("ModelArguments", [(f.name, f.type, f) for f in model_fields])
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "training manifest: JSON lines with 'wav' and 'txt'"})
+    eval_data_path: str | None = field(default=None, metadata={"help": "manifest for --eval_strategy: loss and WER"})
+    model_max_length: int = field(default=512, metadata={"help": "most LLM positions of prompt, speech and transcript"})
+    max_seconds: float = field(default=30.0, metadata={"help": "longest utterance, seconds; 0 = any"})
+    on_bad_audio: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "utterances that cannot be read or do not fit: stop, or leave out and count"}
+    )
+    projector_model_path: str | None = field(
+        default=None, metadata={"help": "model.safetensors to start from instead of random weights"}
+    )
+    save_best_by: Literal["wer", "cer", "loss"] | None = field(
+        default=None, metadata={"help": "keep the --save_total_limit checkpoints that evaluate best, and the last"}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with the defaults that this model needs."""
+
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length = clips of similar length in a batch; random"}
+    )
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool = False
+
+
+def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArguments]:
+    """The three groups of arguments; names that other programs use are translated."""
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = flags_of_file(argv[0]) + argv[1:]
+    argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]
+    about = "Train a speech recogniser: train.py [CONFIG.yaml] [--flag value ...]"
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=about, allow_abbrev=False)
+    for action in parser._actions:
+        action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
+    try:
+        model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, OSError, ArgumentTypeError) as error:
+        parser.error(str(error))
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown arguments: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], flags)}")
+    check(data, training)
+    return SpeechLLMConfig(**vars(model)), data, training
+
+
+def check(data: DataArguments, training: TrainArguments) -> None:
+    """Raise InputError for arguments that contradict each other."""
+    if training.fsdp:
+        raise InputError("--fsdp: the projector would be saved in shards; use --deepspeed ds_config_zero3.json")
+    evaluated, kept = training.eval_strategy, training.save_strategy
+    if evaluated != "no" and not data.eval_data_path:
+        raise InputError(f"--eval_strategy {evaluated.value} wants a manifest; give --eval_data_path")
+    together = evaluated == kept != "no" and (evaluated == "epoch" or training.save_steps % training.eval_steps == 0)
+    if data.save_best_by and not together:
+        cure = "give --eval_strategy and --save_strategy alike, and --eval_steps that divide --save_steps"
+        raise InputError(f"--save_best_by {data.save_best_by}: every checkpoint wants an evaluation; {cure}")
+
+
+def rename(flag: str) -> str:
+    name, equals, value = flag[2:].partition("=")
+    return f"--{OLD_FLAGS.get(name, name)}{equals}{value}"
+
+
+def nearest(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def flags_of_file(path: str) -> list[str]:
+    """A YAML file as command-line flags. Its keys may stand in sections: data, model, training."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: wanted keys and values: the names of train.py's flags")
+    known = [f.name for group in (ModelArguments, DataArguments, TrainArguments) for f in fields(group)]
+    known += OLD_FLAGS
+    sections = [content.pop(name) or {} for name in SECTIONS if name in content]
+    if wrong := [section for section in sections if not isinstance(section, dict)]:
+        raise InputError(f"{path}: found {wrong[0]!r} for a section; wanted keys and values under {SECTIONS}")
+    flags = []
+    for key, value in [pair for part in (content, *sections) for pair in part.items()]:
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+        values = value if isinstance(value, list) else [value]
+        flags += [] if value is None else [f"--{key}", *(json.dumps(v) if type(v) is dict else str(v) for v in values)]
+    return flags

@@ -1,0 +1,65 @@
+"""What a model is made of: `config.json` of a checkpoint, keyword arguments in Python, flags on the command line."""
+
+from dataclasses import field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from manifest import InputError
+from prompt import PROMPT
+
+FROZEN = (r"^encoder\.", r"^llm\.")  # names of parameters that are not trained, unless asked for
+
+
+def option(default, help: str):
+    """A field that is a flag of train.py, too."""
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+class SpeechLLMConfig(PreTrainedConfig):
+    """The fields of config.json. Raises InputError for a field that does not exist, with the nearest that does."""
+
+    model_type = "speech_llm"
+
+    encoder_name_or_path: str | None = option(None, "tiny ... large-v3-turbo, a .pt file, a folder or a Hub name")
+    encoder_revision: str | None = option(None, "branch, tag or commit on the Hub")
+    encoder_layer: int | None = option(None, "take the output of this layer, 1 = the first (default: the last)")
+    encoder_dropout: float = option(0.0, "dropout on the encoder's frames, in training only")
+    encoder_lora_r: int = option(0, "rank of LoRA on the encoder; 0 = none")
+    pad_to_30s: bool = option(False, "pad every clip to 30 s, as Whisper was trained")
+    llm_model_name_or_path: str | None = option(None, "the LLM: a folder or a Hub name")
+    llm_revision: str | None = option(None, "branch, tag or commit on the Hub")
+    quantize: str | None = option(None, "4bit or 8bit: hold the frozen LLM so, by bitsandbytes on a GPU")
+    lora_r: int = option(0, "rank of LoRA on the LLM; 0 = none")
+    lora_alpha: float = option(16.0, "LoRA's output is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, "dropout on LoRA's input, in training only")
+    lora_target_modules: list[str] = option([], "names of linear layers, or all-linear (default: queries and values)")
+    projector: str = option("conv1d", "conv1d, linear, mlp, conformer or qformer")
+    projector_stride: int = option(5, "encoder frames joined into one embedding")
+    projector_hidden_size: int = option(2048, "width inside the projector")
+    projector_num_layers: int = option(2, "hidden layers (mlp), Conformer layers, Q-Former blocks")
+    projector_activation: str = option("relu", "of mlp: relu, gelu, silu ...")
+    audio_boundary_tokens: bool = option(False, "a learned vector before and after each clip")
+    prompt: str = option(PROMPT, "the user's turn, with <audio> in it")
+    system_prompt: str | None = option(None, "the system's turn (default: as the chat template has it)")
+    chat_template: str | None = option(None, "FILE.jinja (or its text) in place of the tokenizer's own template")
+    freeze_params: list[str] = option(FROZEN, "regular expressions: parameters with such names are not trained")
+    prevent_freeze_params: list[str] = option([], "regular expressions: exceptions from --freeze_params")
+    encoder_size: int = 0  # D, filled in when the model is built
+    hidden_size: int = 0  # H
+    training: dict | None = None  # data, steps and error rate of the run that made the weights
+
+    def __post_init__(self, **kwargs):
+        known = [f.name for f in fields(self)] + ["model_type", "name_or_path", "attn_implementation", "_commit_hash"]
+        if unknown := sorted(set(kwargs) - set(known)):
+            near = get_close_matches(unknown[0], known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {sorted(known)}"
+            raise InputError(f"config: unknown field {unknown[0]!r}{hint}")
+        if self.chat_template and self.chat_template.endswith(".jinja"):
+            if not Path(self.chat_template).is_file():
+                raise InputError(f"--chat_template {self.chat_template}: no such file")
+            self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+        super().__post_init__(**kwargs)

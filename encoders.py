@@ -1,0 +1,259 @@
+"""Speech encoders: log-mel features or raw samples -> frames, batched without a trace of the padding.
+
+encoder = load_encoder("large-v3-turbo")  # or the folder or Hub name of a Whisper, wav2vec 2.0, HuBERT, Parakeet ...
+features = extract(encoder.feature_extractor, samples)  # (F, M), or (S,) where the encoder takes raw samples
+frames = encoder(features[None], torch.tensor([len(features)]))  # (1, T, D)
+
+Shapes: A clips in the batch, S samples (16 kHz), M mel bins, F feature frames, T encoder frames, D encoder width.
+"""
+
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging
+
+from manifest import SAMPLE_RATE, InputError
+
+FAMILIES = (  # model_type in config.json; MMS and XLS-R are wav2vec2, FastConformers are parakeet
+    *("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "wav2vec2-conformer", "unispeech", "unispeech-sat"),
+    *("data2vec-audio", "parakeet_encoder", "parakeet_ctc", "parakeet_rnnt", "parakeet_tdt", "canary"),
+    *("lasr_encoder", "lasr_ctc"),
+)
+OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's, transformers'
+    ("blocks.", "layers."),
+    ("attn_ln.", "self_attn_layer_norm."),
+    ("mlp_ln.", "final_layer_norm."),
+    ("mlp.0.", "fc1."),
+    ("mlp.2.", "fc2."),
+    ("attn.query.", "self_attn.q_proj."),
+    ("attn.key.", "self_attn.k_proj."),
+    ("attn.value.", "self_attn.v_proj."),
+    ("attn.out.", "self_attn.out_proj."),
+    ("ln_post.", "layer_norm."),  # after the other two that end so
+    ("positional_embedding", "embed_positions.weight"),
+)
+WINDOW = 30 * SAMPLE_RATE  # samples that Whisper was trained on
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError)
+LOAD_ERRORS += (UnpicklingError, SafetensorError, StrictDataclassError)
+
+
+def load_encoder(
+    name_or_path: str, revision: str | None = None, layer: int | None = None, dtype: torch.dtype | None = None
+) -> "SpeechEncoder":
+    """The speech encoder of a checkpoint, without heads and decoders, frozen and in eval mode.
+
+    `name_or_path`: a name or .pt file of openai-whisper, or the folder or Hub name (at `revision`) of one of FAMILIES.
+    `layer`: the frames are transformers' hidden_states[layer], 1 ... the number of layers, and nothing above is loaded;
+    None: the model's own last output. `dtype` of the weights: None is the checkpoint's, fp32 for openai-whisper.
+    Raises InputError.
+    """
+    path = Path(name_or_path)
+    is_openai = not path.is_dir() and (path.suffix == ".pt" or len(path.parts) == 1)
+    try:
+        if is_openai:
+            config, weights = read_openai(str(path))
+            feature_extractor = WhisperFeatureExtractor(config.num_mel_bins)
+        else:
+            config, weights = AutoConfig.from_pretrained(name_or_path, revision=revision), None
+            if config.model_type not in FAMILIES:
+                raise InputError(f"{path}: a model of type {config.model_type}; wanted one of {', '.join(FAMILIES)}")
+            config = getattr(config, "encoder_config", config)  # Parakeet's and Canary's
+            feature_extractor = AutoFeatureExtractor.from_pretrained(name_or_path, revision=revision)
+        set_output(config, layer)
+        model = load_model(None if is_openai else name_or_path, config, dtype or "auto", revision, weights)
+    except InputError:
+        raise
+    except LOAD_ERRORS as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: cannot load a speech encoder ({type(error).__name__}: {reason})") from None
+    if feature_extractor.sampling_rate != SAMPLE_RATE:
+        raise InputError(f"{path}: an encoder of {feature_extractor.sampling_rate} Hz audio; wanted {SAMPLE_RATE} Hz")
+    return SpeechEncoder(model, feature_extractor).requires_grad_(False).eval()
+
+
+def read_openai(name_or_path: str) -> tuple[WhisperConfig, dict[str, Tensor]]:
+    """An openai-whisper encoder's config and weights, as transformers has them."""
+    import whisper
+
+    loaded = whisper.load_model(name_or_path, device="cpu")
+    dims = loaded.dims
+    config = WhisperConfig(
+        num_mel_bins=dims.n_mels,
+        max_source_positions=dims.n_audio_ctx,
+        d_model=dims.n_audio_state,
+        encoder_layers=dims.n_audio_layer,
+        encoder_attention_heads=dims.n_audio_head,
+        encoder_ffn_dim=4 * dims.n_audio_state,
+    )
+    return config, rename(loaded.encoder.state_dict(), OPENAI_NAMES)
+
+
+def rename(weights: dict[str, Tensor], pairs) -> dict[str, Tensor]:
+    """The weights with (old, new) parts of their names replaced in order."""
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        renamed[name] = weight
+    return renamed
+
+
+def set_output(config, layer: int | None) -> None:
+    """Make the config that of an encoder whose output is hidden_states[layer], without random holes in training."""
+    off = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
+    if layer is not None:
+        num_layers = config.num_hidden_layers
+        if not 1 <= layer <= num_layers:
+            raise InputError(
+                f"encoder layer {layer}: wanted 1 ... {num_layers}, or none for the model's own last output"
+            )
+        # The last hidden state of these two has been through their final norm, that of the others has not.
+        normed = layer == num_layers and config.model_type in ("whisper", "lasr_encoder")
+        config.has_final_norm = normed and getattr(config, "has_final_norm", True)
+        config.num_hidden_layers = layer
+        off |= {"add_adapter": False, "use_intermediate_ffn_before_adapter": False}
+    for option, value in off.items():
+        if hasattr(config, option):
+            setattr(config, option, value)
+
+
+def load_model(name_or_path: str | None, config, dtype, revision: str | None, weights: dict | None):
+    """The transformers module of a config; InputError if weights are missing."""
+    inside = config.model_type in ("whisper", "parakeet_encoder", "lasr_encoder")  # of a model with a decoder or head
+    cls, verbosity = WhisperEncoder if config.model_type == "whisper" else AutoModel, logging.get_verbosity()
+    logging.set_verbosity_error()  # no long list of heads, decoders and layers that are left out
+    try:
+        model, info = cls.from_pretrained(
+            name_or_path,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            revision=revision or "main",
+            key_mapping={r"^(model\.)?encoder\.": ""} if inside else None,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(set(info["missing_keys"]) - {"masked_spec_embed"}):  # which is for SpecAugment only
+        raise InputError(f"{name_or_path}: {missing[0]} and {len(missing) - 1} more weights of config.json are missing")
+    return model
+
+
+class SpeechEncoder(nn.Module):
+    """A transformers encoder (`model`) and its `feature_extractor`, for clips of any length in one batch.
+
+    What transformers leaves to the padding is mended here: Whisper's own forward wants exactly 30 s and cannot mask,
+    group norms take the mean of the whole row, and some convolutions see what biases and norms made of the padding.
+    """
+
+    def __init__(self, model: nn.Module, feature_extractor):
+        super().__init__()
+        self.model, self.feature_extractor, config = model, feature_extractor, model.config
+        self.input_name, self.is_whisper = model.main_input_name, isinstance(model, WhisperEncoder)
+        if not getattr(config, "has_final_norm", True):
+            final_norm(model).register_forward_hook(lambda norm, inputs, output: inputs[0])
+        if hasattr(model, "freeze_feature_encoder"):  # convolutions that ask for gradients whenever they are training
+            model.freeze_feature_encoder()
+        self.norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        for norm in self.norms:
+            norm.__class__ = ClipNorm
+        names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+        self.count = next(getattr(model, name) for name in names if hasattr(model, name))
+        self.has_adapter = getattr(config, "add_adapter", False)  # of convolutions, behind the last layer
+        self.output_size = config.output_hidden_size if self.has_adapter else config.hidden_size
+        stages = [
+            (0, getattr(model, "encoder", nn.Identity())),
+            *enumerate(model.adapter.layers if self.has_adapter else []),
+        ]
+        for depth, stage in stages:
+            for conv in stage.modules():
+                if isinstance(conv, nn.Conv1d) and conv.padding != (0,):
+                    conv.register_forward_pre_hook(partial(self.zero_padding, depth))
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Samples (A, S) or features (A, F, M), with valid lengths (A,) -> frames (A, T, D).
+
+        Frames past `output_lengths` are garbage; so are all frames of a clip that is too short for one.
+        """
+        lengths = torch.where(self.output_lengths(lengths) > 0, lengths, features.shape[1])  # nothing valid makes NaN
+        features = features.to(self.model.dtype)
+        if self.is_whisper:
+            return self.whisper_frames(features, lengths)
+        for norm in self.norms:  # they follow the first convolution
+            norm.lengths = (lengths - self.model.config.conv_kernel[0]) // self.model.config.conv_stride[0] + 1
+        options = {"add_adapter": False} if self.has_adapter else {}
+        self.frame_lengths = self.count(lengths, **options)
+        return self.model(features, attention_mask=valid(lengths, features.shape[1]).long()).last_hidden_state
+
+    def whisper_frames(self, features: Tensor, lengths: Tensor) -> Tensor:
+        model, x = self.model, features.transpose(1, 2)
+        x = F.gelu(model.conv1(x)) * valid(lengths, x.shape[2]).unsqueeze(1)  # else its bias leaks through conv2
+        x = F.gelu(model.conv2(x)).transpose(1, 2)  # (A, T, D)
+        x = x + model.embed_positions(torch.arange(x.shape[1], device=x.device))
+        mask = valid(self.output_lengths(lengths), x.shape[1])[:, None, None]  # (A, 1, 1, T)
+        for layer in model.layers:
+            x = layer(x, mask)
+        return model.layer_norm(x)
+
+    def zero_padding(self, depth: int, conv: nn.Conv1d, inputs: tuple[Tensor]) -> Tensor:
+        """Zeros where the padding is in a convolution's input (A, D, T), after `depth` layers of an adapter."""
+        lengths = self.frame_lengths
+        for _ in range(depth):
+            lengths = (lengths - 1) // self.model.config.adapter_stride + 1
+        return inputs[0] * valid(lengths, inputs[0].shape[2]).unsqueeze(1)
+
+    def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
+        """Valid frames of so many samples or feature frames."""
+        if isinstance(lengths, int):
+            return int(self.output_lengths(torch.tensor(lengths)))
+        return self.count(lengths).long().clamp(min=0)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what load_encoder(folder) needs: config.json, model.safetensors, preprocessor_config.json."""
+        self.model.save_pretrained(folder)
+        self.feature_extractor.save_pretrained(folder)
+
+
+class ClipNorm(nn.GroupNorm):
+    """A group norm that takes each clip's mean over its own frames: `lengths` (A,) are set before the call."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (A, C, T)
+        rows = [
+            F.group_norm(row[None, :, :length], self.num_groups, self.weight, self.bias, self.eps)
+            for row, length in zip(x, self.lengths.tolist(), strict=True)
+        ]
+        return torch.cat([F.pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm behind the last layer, if there is one."""
+    if isinstance(model, WhisperEncoder):
+        return model.layer_norm
+    stable = getattr(model.config, "do_stable_layer_norm", False) or model.config.model_type == "wav2vec2-conformer"
+    return model.encoder.layer_norm if stable else getattr(model, "out_norm", nn.Identity())
+
+
+def valid(lengths: Tensor, size: int) -> Tensor:
+    """(A, size), True where a position lies inside its row's length."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def extract(feature_extractor, samples: np.ndarray, pad_to_30s: bool = False) -> Tensor:
+    """What an encoder takes of a clip (S,): its features (F, M), or its samples (S,), normalised if it wants that."""
+    if pad_to_30s:
+        samples = np.pad(samples, (0, max(WINDOW - len(samples), 0)))
+    options = {"padding": "longest", "truncation": False}  # Whisper's extractor would make 30 s of everything
+    options |= {"return_attention_mask": True, "return_tensors": "pt", "sampling_rate": SAMPLE_RATE}
+    inputs = feature_extractor(samples, **options)
+    features, mask = inputs[feature_extractor.model_input_names[0]][0], inputs["attention_mask"][0]
+    features = features.T if isinstance(feature_extractor, WhisperFeatureExtractor) else features
+    return features[: mask.sum()]

@@ -1,0 +1,55 @@
+"""The LLM as it comes: loaded straight in its own dtype, with its tokenizer, its chat template and its stop tokens."""
+
+import json
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from config import SpeechLLMConfig
+from manifest import InputError
+from prompt import AUDIO, conversation, render_prompt, set_chat_template
+
+
+def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) -> tuple:
+    """(tokenizer, LLM) of a config. The LLM's generation_config holds its stop tokens and nothing else.
+
+    Raises InputError if they cannot be loaded, or the prompt does not suit them.
+    """
+    path, place = config.llm_model_name_or_path, {"device_map": {"": device}} if device else {}
+    options = {"dtype": "auto", "revision": config.llm_revision, "quantization_config": quantization(config.quantize)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.llm_revision)
+        llm = AutoModelForCausalLM.from_pretrained(path, **place, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot load the LLM ({str(error).splitlines()[0]})") from None
+    # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the vocabulary matrix each time:
+    # half the time of a training step with a small LLM.
+    llm.get_output_embeddings().register_forward_pre_hook(lambda _, x: tuple(t.contiguous() for t in x))
+    set_chat_template(tokenizer, config.chat_template)
+    asked = conversation(config.prompt, config.system_prompt)
+    pieces, end_id = render_prompt(tokenizer, json.dumps(asked))
+    if len(pieces) != 2:
+        raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it, once")
+    # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat; only its stop tokens are kept.
+    stop_ids = llm.generation_config.eos_token_id
+    stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
+    stop_ids = sorted({end_id, tokenizer.eos_token_id, *stop_ids} - {None})
+    llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
+    return tokenizer, llm
+
+
+def quantization(kind: str | None) -> BitsAndBytesConfig | None:
+    if kind is None:
+        return None
+    if kind not in ("4bit", "8bit"):
+        raise InputError(f"--quantize {kind}: wanted 4bit or 8bit")
+    if not torch.cuda.is_available():
+        raise InputError(f"--quantize {kind}: wanted a CUDA GPU, found none; leave it out on a CPU")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise InputError(f"--quantize {kind}: wanted bitsandbytes: pip install bitsandbytes") from None
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
