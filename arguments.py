@@ -22,6 +22,8 @@ OLD_FLAGS = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",  # below 1: a share of all steps
 }
+if "activation_checkpointing" in {f.name for f in fields(TrainingArguments)}:  # its name since transformers 5.2x
+    OLD_FLAGS["gradient_checkpointing"] = "activation_checkpointing"
 SECTIONS = ("data", "model", "training")
 model_fields = [f for f in fields(SpeechLLMConfig) if "help" in f.metadata]
 ModelArguments = make_dataclass("ModelArguments", [(f.name, f.type, f) for f in model_fields])

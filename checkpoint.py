@@ -90,7 +90,9 @@ def save(model, folder: str | Path, include_frozen: bool = False, state: dict[st
     partial = folder / "model.safetensors.partial"
     save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial, {"format": "pt"})
     partial.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+    written = {"model_type": config.model_type, "architectures": [type(model).__name__]}
+    written |= {name: getattr(config, name) for name in type(config).__annotations__}  # Trainer leaves others there
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(config, folder.resolve().name), encoding="utf-8")
 
 

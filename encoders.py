@@ -7,6 +7,7 @@ frames = encoder(features[None], torch.tensor([len(features)]))  # (1, T, D)
 Shapes: A clips in the batch, S samples (16 kHz), M mel bins, F feature frames, T encoder frames, D encoder width.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,10 +15,11 @@ from pickle import UnpicklingError
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, WhisperConfig, WhisperFeatureExtractor
+from transformers import FeatureExtractionMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
@@ -26,7 +28,6 @@ from manifest import SAMPLE_RATE, InputError
 FAMILIES = (  # model_type in config.json; MMS and XLS-R are wav2vec2, FastConformers are parakeet
     *("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "wav2vec2-conformer", "unispeech", "unispeech-sat"),
     *("data2vec-audio", "parakeet_encoder", "parakeet_ctc", "parakeet_rnnt", "parakeet_tdt", "canary"),
-    *("lasr_encoder", "lasr_ctc"),
 )
 OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's, transformers'
     ("blocks.", "layers."),
@@ -58,35 +59,41 @@ def load_encoder(
     """
     path = Path(name_or_path)
     is_openai = not path.is_dir() and (path.suffix == ".pt" or len(path.parts) == 1)
+    if is_openai and revision:
+        raise InputError(
+            f"{path}: revision {revision} of an openai-whisper model; wanted none, for they have no others"
+        )
     try:
         if is_openai:
             config, weights = read_openai(str(path))
-            feature_extractor = WhisperFeatureExtractor(config.num_mel_bins)
+            feature_extractor = transformers.WhisperFeatureExtractor(config.num_mel_bins)
         else:
-            config, weights = AutoConfig.from_pretrained(name_or_path, revision=revision), None
+            config, weights = transformers.AutoConfig.from_pretrained(name_or_path, revision=revision), None
             if config.model_type not in FAMILIES:
                 raise InputError(f"{path}: a model of type {config.model_type}; wanted one of {', '.join(FAMILIES)}")
             config = getattr(config, "encoder_config", config)  # Parakeet's and Canary's
-            feature_extractor = AutoFeatureExtractor.from_pretrained(name_or_path, revision=revision)
+            feature_extractor = transformers.AutoFeatureExtractor.from_pretrained(name_or_path, revision=revision)
         set_output(config, layer)
-        model = load_model(None if is_openai else name_or_path, config, dtype or "auto", revision, weights)
+        options = {"dtype": dtype or "auto", "revision": revision or "main"}
+        model = load_model(None if is_openai else name_or_path, config, weights, **options)
     except InputError:
         raise
     except LOAD_ERRORS as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path}: cannot load a speech encoder ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
+        raise InputError(f"{path}: cannot load a speech encoder ({reason}); wanted {wanted}") from None
     if feature_extractor.sampling_rate != SAMPLE_RATE:
         raise InputError(f"{path}: an encoder of {feature_extractor.sampling_rate} Hz audio; wanted {SAMPLE_RATE} Hz")
     return SpeechEncoder(model, feature_extractor).requires_grad_(False).eval()
 
 
-def read_openai(name_or_path: str) -> tuple[WhisperConfig, dict[str, Tensor]]:
-    """An openai-whisper encoder's config and weights, as transformers has them."""
+def read_openai(name_or_path: str) -> tuple[transformers.WhisperConfig, dict[str, Tensor]]:
+    """The config and weights of an openai-whisper encoder, as transformers has them."""
     import whisper
 
     loaded = whisper.load_model(name_or_path, device="cpu")
     dims = loaded.dims
-    config = WhisperConfig(
+    config = transformers.WhisperConfig(
         num_mel_bins=dims.n_mels,
         max_source_positions=dims.n_audio_ctx,
         d_model=dims.n_audio_state,
@@ -97,7 +104,7 @@ def read_openai(name_or_path: str) -> tuple[WhisperConfig, dict[str, Tensor]]:
     return config, rename(loaded.encoder.state_dict(), OPENAI_NAMES)
 
 
-def rename(weights: dict[str, Tensor], pairs) -> dict[str, Tensor]:
+def rename(weights: dict[str, Tensor], pairs: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
     """The weights with (old, new) parts of their names replaced in order."""
     renamed = {}
     for name, weight in weights.items():
@@ -107,18 +114,16 @@ def rename(weights: dict[str, Tensor], pairs) -> dict[str, Tensor]:
     return renamed
 
 
-def set_output(config, layer: int | None) -> None:
-    """Make the config that of an encoder whose output is hidden_states[layer], without random holes in training."""
+def set_output(config: PreTrainedConfig, layer: int | None) -> None:
+    """Make the config that of an encoder whose output is hidden_states[layer], with nothing random but dropout."""
     off = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
     if layer is not None:
-        num_layers = config.num_hidden_layers
-        if not 1 <= layer <= num_layers:
-            raise InputError(
-                f"encoder layer {layer}: wanted 1 ... {num_layers}, or none for the model's own last output"
-            )
-        # The last hidden state of these two has been through their final norm, that of the others has not.
-        normed = layer == num_layers and config.model_type in ("whisper", "lasr_encoder")
-        config.has_final_norm = normed and getattr(config, "has_final_norm", True)
+        last = config.num_hidden_layers
+        if not 1 <= layer <= last:
+            raise InputError(f"encoder layer {layer}: wanted 1 ... {last}, or none for the model's own last output")
+        # hidden_states come from before the final norm, except for the last one of Whisper
+        is_normed = layer == last and config.model_type == "whisper"
+        config.has_final_norm = is_normed and getattr(config, "has_final_norm", True)
         config.num_hidden_layers = layer
         off |= {"add_adapter": False, "use_intermediate_ffn_before_adapter": False}
     for option, value in off.items():
@@ -126,25 +131,26 @@ def set_output(config, layer: int | None) -> None:
             setattr(config, option, value)
 
 
-def load_model(name_or_path: str | None, config, dtype, revision: str | None, weights: dict | None):
-    """The transformers module of a config; InputError if weights are missing."""
-    inside = config.model_type in ("whisper", "parakeet_encoder", "lasr_encoder")  # of a model with a decoder or head
-    cls, verbosity = WhisperEncoder if config.model_type == "whisper" else AutoModel, logging.get_verbosity()
+def load_model(name_or_path: str | None, config: PreTrainedConfig, weights: dict | None, **options) -> PreTrainedModel:
+    """The transformers module of a config; InputError if some of its weights are missing."""
+    loader = WhisperEncoder if config.model_type == "whisper" else transformers.AutoModel
+    is_inside = config.model_type in ("whisper", "parakeet_encoder")  # a model with a head or decoder, perhaps
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no long list of heads, decoders and layers that are left out
     try:
-        model, info = cls.from_pretrained(
+        model, info = loader.from_pretrained(
             name_or_path,
             config=config,
             state_dict=weights,
-            dtype=dtype,
-            revision=revision or "main",
-            key_mapping={r"^(model\.)?encoder\.": ""} if inside else None,
+            key_mapping={r"^(model\.)?encoder\.": ""} if is_inside else None,
             output_loading_info=True,
+            **options,
         )
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(set(info["missing_keys"]) - {"masked_spec_embed"}):  # which is for SpecAugment only
-        raise InputError(f"{name_or_path}: {missing[0]} and {len(missing) - 1} more weights of config.json are missing")
+    if missing := sorted(set(info["missing_keys"]) - {"masked_spec_embed"}):  # that one is for SpecAugment
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{name_or_path}: weights that config.json promises are missing: {missing[0]}{more}")
     return model
 
 
@@ -155,25 +161,23 @@ class SpeechEncoder(nn.Module):
     group norms take the mean of the whole row, and some convolutions see what biases and norms made of the padding.
     """
 
-    def __init__(self, model: nn.Module, feature_extractor):
+    def __init__(self, model: PreTrainedModel, feature_extractor: FeatureExtractionMixin):
         super().__init__()
         self.model, self.feature_extractor, config = model, feature_extractor, model.config
         self.input_name, self.is_whisper = model.main_input_name, isinstance(model, WhisperEncoder)
+        wave_count = getattr(model, "_get_feat_extract_output_lengths", None)
+        self.count_frames = wave_count or model._get_subsampling_output_length
+        self.has_adapter = getattr(config, "add_adapter", False)  # strided convolutions behind the last layer
+        self.output_size = config.output_hidden_size if self.has_adapter else config.hidden_size
         if not getattr(config, "has_final_norm", True):
-            final_norm(model).register_forward_hook(lambda norm, inputs, output: inputs[0])
-        if hasattr(model, "freeze_feature_encoder"):  # convolutions that ask for gradients whenever they are training
+            final_norm(model).register_forward_hook(skip)
+        if hasattr(model, "freeze_feature_encoder"):  # convolutions that want gradients whenever they are training
             model.freeze_feature_encoder()
         self.norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
         for norm in self.norms:
             norm.__class__ = ClipNorm
-        names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
-        self.count = next(getattr(model, name) for name in names if hasattr(model, name))
-        self.has_adapter = getattr(config, "add_adapter", False)  # of convolutions, behind the last layer
-        self.output_size = config.output_hidden_size if self.has_adapter else config.hidden_size
-        stages = [
-            (0, getattr(model, "encoder", nn.Identity())),
-            *enumerate(model.adapter.layers if self.has_adapter else []),
-        ]
+        stages = [(0, model.encoder)] if hasattr(model, "encoder") else []
+        stages += enumerate(model.adapter.layers) if self.has_adapter else []
         for depth, stage in stages:
             for conv in stage.modules():
                 if isinstance(conv, nn.Conv1d) and conv.padding != (0,):
@@ -188,16 +192,16 @@ class SpeechEncoder(nn.Module):
         features = features.to(self.model.dtype)
         if self.is_whisper:
             return self.whisper_frames(features, lengths)
-        for norm in self.norms:  # they follow the first convolution
+        for norm in self.norms:  # behind the first convolution
             norm.lengths = (lengths - self.model.config.conv_kernel[0]) // self.model.config.conv_stride[0] + 1
-        options = {"add_adapter": False} if self.has_adapter else {}
-        self.frame_lengths = self.count(lengths, **options)
+        self.frame_lengths = self.count_frames(lengths, **{"add_adapter": False} if self.has_adapter else {})
         return self.model(features, attention_mask=valid(lengths, features.shape[1]).long()).last_hidden_state
 
     def whisper_frames(self, features: Tensor, lengths: Tensor) -> Tensor:
         model, x = self.model, features.transpose(1, 2)
         x = F.gelu(model.conv1(x)) * valid(lengths, x.shape[2]).unsqueeze(1)  # else its bias leaks through conv2
         x = F.gelu(model.conv2(x)).transpose(1, 2)  # (A, T, D)
+        assert x.shape[1] <= model.config.max_source_positions, f"{x.shape[1]} frames; Whisper's positions end at 30 s"
         x = x + model.embed_positions(torch.arange(x.shape[1], device=x.device))
         mask = valid(self.output_lengths(lengths), x.shape[1])[:, None, None]  # (A, 1, 1, T)
         for layer in model.layers:
@@ -215,7 +219,7 @@ class SpeechEncoder(nn.Module):
         """Valid frames of so many samples or feature frames."""
         if isinstance(lengths, int):
             return int(self.output_lengths(torch.tensor(lengths)))
-        return self.count(lengths).long().clamp(min=0)
+        return self.count_frames(lengths).long().clamp(min=0)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what load_encoder(folder) needs: config.json, model.safetensors, preprocessor_config.json."""
@@ -227,19 +231,24 @@ class ClipNorm(nn.GroupNorm):
     """A group norm that takes each clip's mean over its own frames: `lengths` (A,) are set before the call."""
 
     def forward(self, x: Tensor) -> Tensor:  # (A, C, T)
-        rows = [
-            F.group_norm(row[None, :, :length], self.num_groups, self.weight, self.bias, self.eps)
-            for row, length in zip(x, self.lengths.tolist(), strict=True)
-        ]
-        return torch.cat([F.pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
+        normed = torch.zeros_like(x)
+        for row, new, length in zip(x, normed, self.lengths.tolist(), strict=True):
+            new[:, :length] = super().forward(row[None, :, :length])[0]
+        return normed
 
 
-def final_norm(model: nn.Module) -> nn.Module:
-    """The norm behind the last layer, if there is one."""
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm behind the last layer; a module of no effect if there is none."""
     if isinstance(model, WhisperEncoder):
         return model.layer_norm
-    stable = getattr(model.config, "do_stable_layer_norm", False) or model.config.model_type == "wav2vec2-conformer"
-    return model.encoder.layer_norm if stable else getattr(model, "out_norm", nn.Identity())
+    if getattr(model.config, "do_stable_layer_norm", False) or model.config.model_type == "wav2vec2-conformer":
+        return model.encoder.layer_norm
+    return nn.Identity()
+
+
+def skip(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """A forward hook that undoes the module."""
+    return inputs[0]
 
 
 def valid(lengths: Tensor, size: int) -> Tensor:
@@ -247,7 +256,7 @@ def valid(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
 
 
-def extract(feature_extractor, samples: np.ndarray, pad_to_30s: bool = False) -> Tensor:
+def extract(feature_extractor: FeatureExtractionMixin, samples: np.ndarray, pad_to_30s: bool = False) -> Tensor:
     """What an encoder takes of a clip (S,): its features (F, M), or its samples (S,), normalised if it wants that."""
     if pad_to_30s:
         samples = np.pad(samples, (0, max(WINDOW - len(samples), 0)))
@@ -255,5 +264,5 @@ def extract(feature_extractor, samples: np.ndarray, pad_to_30s: bool = False) ->
     options |= {"return_attention_mask": True, "return_tensors": "pt", "sampling_rate": SAMPLE_RATE}
     inputs = feature_extractor(samples, **options)
     features, mask = inputs[feature_extractor.model_input_names[0]][0], inputs["attention_mask"][0]
-    features = features.T if isinstance(feature_extractor, WhisperFeatureExtractor) else features
+    features = features.T if isinstance(feature_extractor, transformers.WhisperFeatureExtractor) else features
     return features[: mask.sum()]

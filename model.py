@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import checkpoint
 import decoding
 import trainable
+import zero3
 from config import SpeechLLMConfig
 from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, pad_left, speech_ids
 from encoders import extract, load_encoder, valid
@@ -47,7 +48,8 @@ class SpeechLLM(PreTrainedModel):
             raise InputError(f"projector {config.projector!r}: wanted one of {sorted(PROJECTORS)}")
         self.tokenizer, self.llm = load_llm(config, device)
         name = config.encoder_name_or_path
-        self.encoder = load_encoder(name, config.encoder_revision, config.encoder_layer, self.llm.dtype)
+        with zero3.unshared():
+            self.encoder = load_encoder(name, config.encoder_revision, config.encoder_layer, self.llm.dtype)
         text_config = self.llm.config.get_text_config()
         config.encoder_size, config.hidden_size = self.encoder.output_size, text_config.hidden_size
         self.projector = PROJECTORS[config.projector](config.encoder_size, config.hidden_size, config)

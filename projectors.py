@@ -19,10 +19,9 @@ class Projector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        counts = ("projector_stride", "projector_hidden_size", "projector_num_layers")
-        for name, value in ((name, getattr(config, name)) for name in counts):
-            if value < 1:
-                raise InputError(f"--{name} {value}: wanted 1 or more")
+        for name in ("projector_stride", "projector_hidden_size", "projector_num_layers"):
+            if getattr(config, name) < 1:
+                raise InputError(f"--{name} {getattr(config, name)}: wanted 1 or more")
         if config.projector_activation not in ACT2FN:
             known = ", ".join(sorted(ACT2FN))
             raise InputError(f"--projector_activation {config.projector_activation}: unknown; there are {known}")
@@ -72,9 +71,9 @@ class LinearProjector(Projector):
 
 
 class MLPProjector(Projector):
-    """Frames stacked, Linear, `projector_num_layers` hidden layers, Linear, beside one Linear around it all.
+    """Frames stacked, Linear, `projector_num_layers` hidden layers, Linear, plus one Linear around it all.
 
-    N = T // stride. As in SpeechLLM: Xavier initialisation, and the linear residual goes from stacked frames to LLM.
+    N = T // stride. As in SpeechLLM, with Xavier initialisation and a linear residual from stacked frames to LLM.
     """
 
     def __init__(self, encoder_size: int, llm_size: int, config):
@@ -100,8 +99,8 @@ class ConformerProjector(Projector):
 
     As the modality adapter of SALM (arXiv:2310.09424), with the layers of W2V-BERT 2.0, whose norms are all LayerNorms:
     learned relative positions (up to 64 embeddings away; 6.4 s at 10 Hz) and a depthwise convolution over the last 9.
-    One attention head for every 64 of projector_hidden_size. The default width of 2048 makes this 190 M parameters
-    in two layers; 512 is usual. Conformers are usually trained with the activation silu.
+    One attention head for every 64 of projector_hidden_size, whose default of 2048 makes two layers 193 M parameters;
+    512 makes them 12 M. Conformers are usually trained with the activation silu.
     """
 
     def __init__(self, encoder_size: int, llm_size: int, config):
@@ -109,7 +108,8 @@ class ConformerProjector(Projector):
         from transformers import Wav2Vec2BertConfig
         from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertEncoder
 
-        hidden = config.projector_hidden_size
+        hidden, dropouts = config.projector_hidden_size, ("hidden_dropout", "attention_dropout", "activation_dropout")
+        dropouts += ("conformer_conv_dropout", "layerdrop")
         layers = Wav2Vec2BertConfig(
             hidden_size=hidden,
             intermediate_size=4 * hidden,
@@ -120,12 +120,8 @@ class ConformerProjector(Projector):
             left_max_position_embeddings=64,
             right_max_position_embeddings=64,
             conv_depthwise_kernel_size=9,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            activation_dropout=0.0,
-            conformer_conv_dropout=0.0,
-            layerdrop=0.0,
             attn_implementation="eager",
+            **dict.fromkeys(dropouts, 0.0),
         )
         self.conv = nn.Conv1d(encoder_size, hidden, kernel_size=self.stride, stride=self.stride)
         self.conformer = Wav2Vec2BertEncoder(layers)
@@ -138,11 +134,11 @@ class ConformerProjector(Projector):
 
 
 class QFormerProjector(Projector):
-    """A learned query reads each window of `stride` frames, in `projector_num_layers` blocks; N = T / stride, up.
+    """A learned query reads each window of `stride` frames, in `projector_num_layers` blocks.
 
     The window-level Q-Former of SALMONN (arXiv:2310.13289) with one query a window, and so without self-attention among
-    queries. A learned vector for each place in the window tells its frames apart. The last window may be partly
-    padding, which is masked: no frame is dropped. One attention head for every 64 of projector_hidden_size.
+    queries. A learned vector for each place in the window tells its frames apart. N = T / stride, rounded up: the last
+    window may be partly padding, which is masked. One attention head for every 64 of projector_hidden_size.
     """
 
     def __init__(self, encoder_size: int, llm_size: int, config):
@@ -165,7 +161,7 @@ class QFormerProjector(Projector):
         x = nn.functional.pad(self.linear1(self.cast(frames)), (0, 0, 0, padding))
         windows = self.norm1(x.unflatten(1, (count, self.stride)) + self.places).flatten(0, 1)  # (A N, stride, hidden)
         ignored = ~valid(lengths, count * self.stride).reshape(-1, self.stride)
-        ignored[:, 0] = False  # a window of nothing but padding would give NaN; its embedding is not valid anyway
+        ignored[:, 0] = False  # with nothing to read in a window of padding, some kernels of attention give NaN
         x = self.query.expand(len(windows), 1, -1)
         for block in self.blocks:
             x = block(x, windows, ignored)

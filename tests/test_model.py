@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from arguments import ModelArguments
 from dataset import IGNORE, collate
 from manifest import SAMPLE_RATE, InputError, Manifest
-from model import SpeechLLM, SpeechLLMConfig
+from model import SpeechLLM
 from prompt import AUDIO, SPEECH
 
 SECONDS = [0.1, 29.3, 0.45, 3.2, 1.01, 7.7, 0.115, 2.5, 12.34, 0.9, 4.4, 1.5, 0.25, 5.05, 2.0, 0.6]  # 16 clips

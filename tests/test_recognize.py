@@ -36,7 +36,7 @@ def decoded(world, trained, launch):
 
 @pytest.fixture(scope="session")
 def recogniser(world, trained) -> SpeechLLM:
-    given = {"llm_model_name_or_path": "chinese_llm", "whisper_model_name_or_path": "whisper.pt"}
+    given = {"llm_model_name_or_path": "chinese_llm", "encoder_name_or_path": "whisper.pt"}
     return SpeechLLM.from_pretrained(trained, **{name: str(world / path) for name, path in given.items()})
 
 
@@ -268,7 +268,7 @@ def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, tr
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--model_path nowhere", "No such file or directory: 'nowhere/config.json'; wanted a folder"),
+        ("--model_path nowhere", "nowhere: no such folder, nor a model on the Hub"),
         ("--projector_model_path nowhere/model.safetensors " + MODEL_FLAGS, "nowhere/model.safetensors"),
         ("--model_path trained --llm_model_name_or_path no_llm", "no_llm"),
         ("--model_path trained --result_path nowhere/result.txt", "nowhere"),

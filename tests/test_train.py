@@ -20,7 +20,7 @@ from conftest import MODEL_FLAGS, ROOT, TRAIN_FLAGS, TRAINED_FLAGS, write_manife
 from safetensors.torch import load_file
 
 from dataset import BadUtterance, Manifest, collate
-from model import SpeechLLM, SpeechLLMConfig
+from model import SpeechLLM
 
 PROJECTOR = {f"projector.{layer}.{kind}" for layer in ("conv", "linear1", "linear2") for kind in ("weight", "bias")}
 # From https://github.com/wenet-e2e/west, with tiny models on two CPU processes and without --bf16.
@@ -113,7 +113,7 @@ def test_the_published_command_trains_under_torchrun_and_zero3(world):
 def test_dropped_flag_names_are_accepted_with_a_space_or_an_equals_sign():
     from arguments import parse
 
-    needed = f"{TRAIN_FLAGS} --data_path train.jsonl --output_dir out".split()
+    needed = f"{TRAIN_FLAGS} --data_path train.jsonl --eval_data_path dev.jsonl --output_dir out".split()
     for old in ("--evaluation_strategy steps --warmup_ratio 0.1", "--evaluation_strategy=steps --warmup_ratio=0.1"):
         _, _, args = parse([*needed, *old.split()])
         assert (args.eval_strategy.value, args.warmup_steps, args.get_warmup_steps(200)) == ("steps", 0.1, 20)
@@ -134,7 +134,7 @@ def test_an_unknown_flag_or_value_fails_with_status_2(flags, launch):
     [
         (
             "train.py",
-            "llm_model_name_or_path whisper_model_name_or_path data_path eval_data_path output_dir model_max_length "
+            "llm_model_name_or_path encoder_name_or_path data_path eval_data_path output_dir model_max_length "
             "max_seconds on_bad_audio projector_stride deepspeed learning_rate",
         ),
         (
@@ -156,16 +156,9 @@ def test_only_the_projector_is_saved_and_the_folder_says_how_to_use_it(trained, 
     assert weights(trained / "checkpoint-5").keys() == PROJECTOR
     assert_same(weights(trained), weights(trained / "checkpoint-10"))
     config = json.loads((trained / "config.json").read_text())
-    assert config == {
-        "llm_model_name_or_path": "chinese_llm",
-        "whisper_model_name_or_path": "whisper.pt",
-        "prompt": "<audio>\nTranscribe the speech",
-        "projector_stride": 5,
-        "projector_hidden_size": 64,
-        "pad_to_30s": False,
-        "encoder_size": 32,
-        "hidden_size": 48,
-    }
+    wanted = {"llm_model_name_or_path": "chinese_llm", "encoder_name_or_path": "whisper.pt", "encoder_size": 32}
+    assert config.items() >= (wanted | {"projector_stride": 5, "projector_hidden_size": 64, "hidden_size": 48}).items()
+    assert config["training"].items() >= {"data": "corpus.jsonl", "utterances": 20, "steps": 10}.items()
     monkeypatch.chdir(world)  # the run was given relative paths
     assert_same(SpeechLLM.from_pretrained(trained).saved(), weights(trained))
 
@@ -190,8 +183,8 @@ def test_zero3_trains_what_one_process_trains(trained, zero3):
 
 
 def test_a_zero3_checkpoint_holds_no_frozen_weights(zero3, world, chinese_llm):
-    config = SpeechLLMConfig(str(chinese_llm), str(world / "whisper.pt"), projector_hidden_size=64)
-    frozen = {name for name, p in SpeechLLM(config).named_parameters() if not p.requires_grad}
+    model = SpeechLLM.from_parts(str(world / "whisper.pt"), str(chinese_llm), projector_hidden_size=64)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     files = sorted((zero3 / "checkpoint-5").glob("*/*_states.pt"))
     assert len(files) == 4  # weights and optimiser of two processes
     for path in files:
@@ -210,7 +203,7 @@ def test_evaluation_reports_loss_and_wer_whatever_the_batch_and_the_number_of_pr
     single = evaluations(trained)
     assert len(single) == 2
     for other in (ddp, zero3):
-        assert np.array(evaluations(other)) == pytest.approx(np.array(single), abs=1e-4)
+        assert np.array(evaluations(other)) == pytest.approx(np.array(single), rel=1e-4)  # a loss of about ten
     monkeypatch.chdir(world)
     model = SpeechLLM.from_pretrained(trained)
     total = tokens = 0
@@ -395,7 +388,7 @@ def test_bad_utterances_are_skipped_counted_and_listed_when_asked(world, chinese
 
 def test_a_skipped_utterance_leaves_no_trace_in_the_weights(world, chinese_llm, launch, tmp_path):
     """A clip that turns out bad when it is read stands in its batch without a label."""
-    model = SpeechLLM(SpeechLLMConfig(str(chinese_llm), str(world / "whisper.pt"), projector_hidden_size=64))
+    model = SpeechLLM.from_parts(str(world / "whisper.pt"), str(chinese_llm), projector_hidden_size=64)
     manifest = write_manifest(tmp_path / "mixed.jsonl", [good(world, 3), not_a_number(tmp_path)])
     dataset = model.make_dataset(Manifest(str(manifest)), on_bad="skip")
     for examples in ([dataset[0]], [dataset[0], dataset[1]]):
