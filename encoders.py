@@ -142,7 +142,7 @@ def load_model(name_or_path: str | None, config: PreTrainedConfig, weights: dict
             name_or_path,
             config=config,
             state_dict=weights,
-            key_mapping={r"^(model\.)?encoder\.": ""} if is_inside else None,
+            key_mapping={r"^model\.encoder\.": "", r"^encoder\.": ""} if is_inside else None,
             output_loading_info=True,
             **options,
         )
@@ -223,7 +223,7 @@ class SpeechEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what load_encoder(folder) needs: config.json, model.safetensors, preprocessor_config.json."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, save_original_format=False)  # True: with the prefixes of a whole model
         self.feature_extractor.save_pretrained(folder)
 
 
@@ -232,8 +232,8 @@ class ClipNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # (A, C, T)
         normed = torch.zeros_like(x)
-        for row, new, length in zip(x, normed, self.lengths.tolist(), strict=True):
-            new[:, :length] = super().forward(row[None, :, :length])[0]
+        for row, length in enumerate(self.lengths.tolist()):
+            normed[row, :, :length] = super().forward(x[row : row + 1, :, :length])[0]
         return normed
 
 

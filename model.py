@@ -117,6 +117,8 @@ class SpeechLLM(PreTrainedModel):
         its mask as audio_attention_mask, one clip a row, which goes before input_ids, or into the model's prompt.
         """
         features = input_values if input_features is None else input_features
+        if attention_mask is None and input_ids is not None:
+            attention_mask = torch.ones_like(input_ids)
         if features is None:
             raise ValueError("wanted audio: input_values or input_features, as model.feature_extractor returns them")
         if feature_lengths is None:
@@ -129,14 +131,13 @@ class SpeechLLM(PreTrainedModel):
             if input_ids is None:
                 asked = conversation(self.config.prompt, self.config.system_prompt)
                 (before, after), _ = render_prompt(self.tokenizer, json.dumps(asked))
-                input_ids = features.new_zeros((len(features), 0), dtype=torch.long)
+                input_ids = attention_mask = features.new_zeros((len(features), 0), dtype=torch.long)
             if len(input_ids) != len(features):
                 raise ValueError(f"{len(input_ids)} rows of input_ids for {len(features)} clips")
             counts = self.speech_lengths(feature_lengths.long()).tolist()
             rows = [before + speech_ids(count, self.config.audio_boundary_tokens) + after for count in counts]
             ids, mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
-            text_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            input_ids, attention_mask = torch.cat([ids, input_ids], 1), torch.cat([mask, text_mask], 1)
+            input_ids, attention_mask = torch.cat([ids, input_ids], 1), torch.cat([mask, attention_mask], 1)
         embeds = self.embed(input_ids, features, feature_lengths.long())
         return {"inputs_embeds": embeds, "attention_mask": attention_mask}
 

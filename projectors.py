@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from encoders import valid
 from manifest import InputError
 
 
@@ -190,11 +191,6 @@ def num_heads(hidden: int) -> int:
     if hidden % heads:
         raise InputError(f"--projector_hidden_size {hidden}: wanted a multiple of 64, the width of an attention head")
     return heads
-
-
-def valid(lengths: Tensor, size: int) -> Tensor:
-    """(A, size), True where a position lies inside its row's length."""
-    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
 
 
 PROJECTORS = {

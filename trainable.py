@@ -10,7 +10,7 @@ from config import SpeechLLMConfig
 from manifest import InputError
 
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
-ENCODER_TARGETS = ["q_proj", "v_proj", "linear_q", "linear_v"]  # as the families name their queries and values
+TARGETS = "q_proj v_proj linear_q linear_v qkv_proj query_key_value c_attn".split()  # queries and values, by family
 WAVLM_TARGETS = ["intermediate_dense", "output_dense"]  # its attention reads the weights past the layers
 
 
@@ -18,19 +18,19 @@ def prepare(model) -> None:
     """Add LoRA and freeze parameters, as the model's config says. Raises InputError where that cannot be done."""
     config = model.config
     if config.lora_r:
-        add_lora(model.llm, config.lora_r, config.lora_target_modules or None, config)
+        add_lora(model.llm, config.lora_r, config.lora_target_modules or TARGETS, config)
     if config.encoder_lora_r:
         wavlm = model.encoder.model.config.model_type == "wavlm"
-        add_lora(model.encoder.model, config.encoder_lora_r, WAVLM_TARGETS if wavlm else ENCODER_TARGETS, config)
+        add_lora(model.encoder.model, config.encoder_lora_r, WAVLM_TARGETS if wavlm else TARGETS, config)
     exceptions = [LORA] if config.lora_r or config.encoder_lora_r else []
     freeze(model, config.freeze_params, config.prevent_freeze_params + exceptions)
 
 
-def add_lora(module: nn.Module, rank: int, targets: list[str] | None, config: SpeechLLMConfig) -> None:
-    """Put LoRA (arXiv:2106.09685) into the linear layers with these names; None = queries and values."""
+def add_lora(module: nn.Module, rank: int, targets: list[str], config: SpeechLLMConfig) -> None:
+    """Put LoRA (arXiv:2106.09685) into the linear layers with these names, or in ["all-linear"]."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = "all-linear" if targets == ["all-linear"] else targets
+    targets = targets[0] if targets == ["all-linear"] else targets
     shape = {"r": rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     try:
         inject_adapter_in_model(LoraConfig(target_modules=targets, **shape), module)
@@ -133,12 +133,12 @@ def set_training(model: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def describe(model: nn.Module) -> str:
-    """A table of the parts: parameters in millions, trained ones, their share."""
-    rows = ["| module | parameters, M | trained, M | share |", "|---|---|---|---|"]
+    """A table of the parts: parameters, trained ones, their share."""
+    rows = ["| module | parameters | trained | share |", "|---|---|---|---|"]
     for name, part in [*model.named_children(), ("all", model)]:
         sizes = [(parameter_size(p), p.requires_grad) for p in part.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, yes in sizes if yes)
-        rows.append(f"| {name} | {total / 1e6:.2f} | {trained / 1e6:.2f} | {trained / max(total, 1):.2%} |")
+        rows.append(f"| {name} | {total:,} | {trained:,} | {trained / max(total, 1):.2%} |")
     return "\n".join(rows)
 
 

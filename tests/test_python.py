@@ -1,0 +1,187 @@
+"""The Python object: from parts, forward, generate, conversations, a plain training loop; as SpeechLM's users know it."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from families import ENCODERS, LLMS
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, PreTrainedModel
+
+from dataset import collate
+from manifest import InputError, Manifest
+from model import SpeechLLM, SpeechLLMConfig
+from prompt import SPEECH
+
+NEW = {"max_new_tokens": 8}
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, round(16000 * seconds)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["wav2vec2_large", "whisper_openai", "w2v_bert"])
+def any_model(request, tmp_path_factory) -> SpeechLLM:
+    folder = tmp_path_factory.mktemp("parts")
+    encoder, llm = ENCODERS[request.param](folder / "encoder"), LLMS["qwen3"](folder / "llm")
+    torch.manual_seed(0)
+    return SpeechLLM.from_parts(
+        encoder=str(encoder), llm=str(llm), projector="mlp", projector_hidden_size=32, encoder_dropout=0.1
+    )
+
+
+def inputs_of(model, *clips: np.ndarray) -> dict[str, torch.Tensor]:
+    """What the feature extractor makes of clips, by the names of forward and generate."""
+    kwargs = {"sampling_rate": 16000, "return_tensors": "pt", "padding": True, "return_attention_mask": True}
+    if "Whisper" in type(model.feature_extractor).__name__:
+        kwargs["padding"] = "max_length"
+    inputs = model.feature_extractor(list(clips), **kwargs)
+    mask = inputs.pop("attention_mask")
+    return dict(inputs) | {"audio_attention_mask": mask}
+
+
+def test_it_is_a_pretrained_model_with_feature_extractor_and_tokenizer(any_model):
+    assert isinstance(any_model, PreTrainedModel) and isinstance(any_model.config, SpeechLLMConfig)
+    assert any_model.config.projector == "mlp" and any_model.config.encoder_dropout == 0.1
+    assert any_model.feature_extractor.sampling_rate == 16000
+    assert any_model.tokenizer.decode(any_model.tokenizer("hello").input_ids) == "hello"
+    assert any_model.num_parameters(only_trainable=True) == sum(p.numel() for p in any_model.projector.parameters())
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(
+        InputError, match="unknown field 'projection_hidden_size'; did you mean 'projector_hidden_size'"
+    ):
+        SpeechLLM.from_parts(encoder="tiny", llm="llm", projection_hidden_size=1024)
+
+
+def test_an_unknown_projector_is_told_the_known_ones(world):
+    with pytest.raises(InputError, match=r"projector 'perceiver': wanted one of \['conformer', 'conv1d'"):
+        SpeechLLM.from_parts(str(world / "whisper.pt"), str(world / "llm"), projector="perceiver")
+
+
+def test_audio_alone_is_asked_the_models_own_prompt(any_model):
+    clip = noise(1.3)
+    ids = any_model.generate(**inputs_of(any_model, clip), **NEW)
+    (found,) = any_model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if "Whisper" not in type(any_model.feature_extractor).__name__:  # whose own features are padded to 30 s
+        with pytest.warns(UserWarning, match="no end within 8") if "<" not in found else pytest.warns():
+            assert " ".join(found.split()) == any_model.transcribe(clip, num_beams=1, **NEW)
+
+
+def test_clips_of_different_length_are_the_same_alone_and_together(any_model):
+    clips = [noise(0.8, 1), noise(2.1, 2)]
+    together = any_model.generate(**inputs_of(any_model, *clips), num_beams=2, **NEW)
+    for clip, ids in zip(clips, together, strict=True):
+        assert any_model.generate(**inputs_of(any_model, clip), num_beams=2, **NEW)[0].equal(ids[: len(ids)])
+
+
+def test_audio_goes_before_prompt_ids_or_where_they_say(any_model):
+    audio = inputs_of(any_model, noise(1.2))
+    prompt = any_model.tokenizer("hello world", return_tensors="pt").input_ids
+    count = any_model.speech_lengths(int(audio["audio_attention_mask"].sum()))
+    placed = torch.cat([torch.full((1, count), SPEECH), prompt], 1)
+    assert any_model.generate(**audio, input_ids=prompt, **NEW).equal(
+        any_model.generate(**audio, input_ids=placed, **NEW)
+    )
+    elsewhere = torch.cat([prompt, torch.full((1, count), SPEECH)], 1)
+    with torch.no_grad():
+        assert not torch.allclose(
+            any_model(**audio, input_ids=placed).logits[:, -1], any_model(**audio, input_ids=elsewhere).logits[:, -1]
+        )
+
+
+def test_forward_gives_loss_and_logits_of_text_after_audio(any_model):
+    text = any_model.tokenizer(["hello world", "transcribe"], return_tensors="pt", padding=True)
+    labels = text.input_ids.masked_fill(text.attention_mask == 0, -100)
+    audio = inputs_of(any_model, noise(1.2, 1), noise(0.7, 2))
+    outputs = any_model(**audio, **text, labels=labels)
+    assert outputs.logits.shape == (*labels.shape, any_model.llm.config.vocab_size)
+    wanted = torch.nn.functional.cross_entropy(outputs.logits.transpose(1, 2), labels)
+    torch.testing.assert_close(outputs.loss, wanted)
+    alone = any_model(**inputs_of(any_model, noise(1.2, 1)), input_ids=text.input_ids[:1], labels=labels[:1])
+    torch.testing.assert_close(
+        alone.logits[0][labels[0] != -100], outputs.logits[0][labels[0] != -100], atol=1e-4, rtol=0
+    )
+
+
+def test_every_option_of_generate_works(any_model):
+    audio = inputs_of(any_model, noise(1.2))
+    greedy = any_model.generate(**audio, **NEW)
+    assert any_model.generate(**audio, num_beams=4, num_return_sequences=2, **NEW).shape[0] == 2
+    torch.manual_seed(0)
+    assert any_model.generate(**audio, do_sample=True, temperature=5.0, **NEW).shape[0] == 1
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=any_model.llm.generation_config.eos_token_id)
+    assert any_model.generate(**audio, generation_config=config).equal(greedy[:, :3])
+    once = any_model.generate(**audio, no_repeat_ngram_size=1, **NEW)[0].tolist()
+    assert len(set(once)) == len(once)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    for seed in range(3):
+        soundfile.write(tmp_path / f"{seed}.wav", noise(0.7 + 0.4 * seed, seed), 16000, subtype="FLOAT")
+    return [str(tmp_path / f"{seed}.wav") for seed in range(3)]
+
+
+def ask(content: str, *audio) -> dict:
+    return {"role": "user", "content": content, "audio": list(audio)}
+
+
+def test_conversations_are_answered_together_as_alone(any_model, files):
+    prompts = [
+        [ask("Transcribe the following: <audio>", files[0])],
+        [ask("<audio> and <audio>", files[1], files[2])],
+        [ask("<audio>", noise(0.9, 7)), {"role": "assistant", "content": "hello"}, ask("and <audio>", files[0])],
+    ]
+    together = any_model.generate(prompts=prompts, num_beams=4, **NEW)
+    assert together.shape[0] == 3
+    for prompt, ids in zip(prompts, together, strict=True):
+        alone = any_model.generate(prompts=[prompt], num_beams=4, **NEW)[0]
+        assert ids[: len(alone)].equal(alone)
+
+
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        ([ask("<audio> and <audio>", noise(1))], "prompt 1: 2 <audio> in the prompt for 1 audio clips"),
+        ([ask("no place", noise(1))], "prompt 1: 0 <audio> in the prompt for 1 audio clips"),
+        ([ask("<audio>", "nowhere.wav")], "prompt 1: nowhere.wav: no such file"),
+        ([ask("<audio>", noise(0.001))], "prompt 1: .*too short"),
+    ],
+)
+def test_a_conversation_that_does_not_add_up_is_an_error(any_model, turns, told):
+    with pytest.raises(InputError, match=told):
+        any_model.generate(prompts=[turns], **NEW)
+
+
+def test_an_answer_is_not_asked_for_after_an_answer(any_model):
+    with pytest.raises(ValueError, match="last turn is the user's"):
+        any_model.generate(prompts=[[ask("<audio>", noise(1)), {"role": "assistant", "content": "hello"}]], **NEW)
+
+
+def test_counts_and_inputs_that_do_not_fit_are_errors(any_model):
+    audio = inputs_of(any_model, noise(1.0), noise(1.0))
+    with pytest.raises(ValueError, match=r"1 rows of input_ids for 2 clips"):
+        any_model(**audio, input_ids=torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"2 speech positions in the prompts, .* speech embeddings"):
+        any_model(**audio, input_ids=torch.tensor([[SPEECH, 5], [SPEECH, 5]]))
+    with pytest.raises(ValueError, match=r"wanted audio: input_values or input_features"):
+        any_model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_plain_training_loop_learns(any_model, world):
+    torch.manual_seed(0)
+    dataset = any_model.make_dataset(Manifest(str(world / "corpus.jsonl")))
+    optimizer = torch.optim.AdamW((p for p in any_model.parameters() if p.requires_grad), lr=3e-3)
+    any_model.train()
+    losses = []
+    for _ in range(3):
+        for batch in DataLoader(dataset, batch_size=5, collate_fn=collate):
+            optimizer.zero_grad()
+            loss = any_model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    any_model.eval()
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
