@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dataset import IGNORE, LengthSampler, SpeechDataset, collate
+from dataset import IGNORE, SpeechDataset, collate
 from manifest import SAMPLE_RATE, InputError, run
 from model import SpeechLLM
 from projectors import PROJECTORS
 from prompt import SPEECH
+from sampler import LengthSampler
 
 ENCODERS = {  # mel bins, width, heads, layers
     "tiny": (80, 384, 6, 4),
@@ -125,7 +126,7 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
         tokenizer.save_pretrained(folder)
         options = {"pad_to_30s": args.fixed, "lora_r": args.lora_r}
         model = SpeechLLM.from_parts(args.encoder, folder, args.projector, **options)
-    model.llm.generation_config.eos_token_id = None  # random weights would stop anywhere
+    model.llm.generation_config.eos_token_id = [-1]  # no such token: random weights would stop anywhere
     return model
 
 

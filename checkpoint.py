@@ -8,9 +8,11 @@ run/llm/, run/encoder/ the frozen parts as transformers saves them, with include
 
 import copy
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,9 +23,7 @@ from manifest import InputError
 CARD = """---
 library_name: transformers
 pipeline_tag: automatic-speech-recognition
-base_model:
-{base_models}
----
+{base_models}---
 # Speech recognition: {encoder} + {projector} projector + {llm}
 
 | part | |
@@ -35,37 +35,50 @@ base_model:
 ```python
 from model import SpeechLLM
 
-model = SpeechLLM.from_pretrained("{name}")
+model = SpeechLLM.from_pretrained({arguments})
 print(model.transcribe("a.wav", num_beams=4))
 ```
 """
 
 
-def find_folder(name_or_path: str, revision: str | None = None) -> Path:
-    """A local folder as it is, a Hub name as the folder that it is downloaded to."""
+def find_weights(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The trained weights in a local folder, or in the one that a Hub name is downloaded to; a file is itself."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    is_folder = Path(name_or_path).is_dir()
+    if is_folder or Path(name_or_path).suffix == ".safetensors":
+        if revision:
+            raise InputError(f"{name_or_path}: revision {revision} of local files; wanted none, or a Hub name")
+        return Path(name_or_path, "model.safetensors" if is_folder else "")
+    ours = ["config.json", "model.safetensors", "encoder/*", "llm/*"]  # not an optimizer's state, nor another kind
     try:
-        return Path(snapshot_download(str(name_or_path), revision=revision))
+        folder = snapshot_download(str(name_or_path), revision=revision, allow_patterns=ours)
+        return Path(folder, "model.safetensors")
+    except RevisionNotFoundError:
+        raise InputError(f"{name_or_path}: no revision {revision}; wanted a branch, tag or commit") from None
     except (OSError, ValueError) as error:
-        found = str(error).splitlines()[0]
+        found = " ".join(str(error).split())
         raise InputError(f"{name_or_path}: no such folder, nor a model on the Hub ({found})") from None
 
 
 def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
     """The config of a checkpoint folder; `overrides` replace fields of it (a moved LLM's path, say)."""
     path = folder / "config.json"
+    if not path.is_file() and {"encoder_name_or_path", "llm_model_name_or_path"} <= overrides.keys():
+        return SpeechLLMConfig(**overrides)
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("model_type") != SpeechLLMConfig.model_type:
             raise ValueError("it describes another kind of model")
+        SpeechLLMConfig(**found)
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix('config: ')}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; wanted a folder that train.py or save_pretrained wrote") from None
     for part in ("encoder_name_or_path", "llm_model_name_or_path"):  # frozen parts in the folder itself
         if found.get(part) and (folder / found[part]).exists():
-            found[part] = str(folder / found[part])
+            found[part] = str((folder / found[part]).absolute())
     return SpeechLLMConfig(**{**found, **overrides})
 
 
@@ -73,10 +86,27 @@ def save(model, folder: str | Path, include_frozen: bool = False, state: dict[st
     """Write what was trained (`state` if it lives elsewhere), config.json and the model card.
 
     With `include_frozen` the encoder and the LLM too, with feature extractor and tokenizer: the folder then needs
-    nothing else.
+    nothing else. A save that fails leaves what was in the folder as it was.
     """
-    folder, config = Path(folder), copy.copy(model.config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    if model.merged and not include_frozen:
+        raise InputError(f"{folder}: LoRA was merged into the LLM's weights; save them with include_frozen=True")
+    partial = folder / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+    partial.mkdir(parents=True)
+    try:
+        write(model, partial, include_frozen, state)
+        (partial / "README.md").write_text(model_card(model, folder.resolve().name), encoding="utf-8")
+        for new in [path for path in partial.rglob("*") if path.is_file()]:
+            old = folder / new.relative_to(partial)
+            old.parent.mkdir(exist_ok=True)
+            new.replace(old)
+    finally:
+        shutil.rmtree(partial)
+
+
+def write(model, folder: Path, include_frozen: bool, state: dict[str, Tensor] | None) -> None:
+    config = copy.copy(model.config)
     if include_frozen:
         model.encoder.feature_extractor.save_pretrained(folder / "encoder")
         model.encoder.model.save_pretrained(folder / "encoder", state_dict=without_lora(model.encoder.model))
@@ -84,16 +114,12 @@ def save(model, folder: str | Path, include_frozen: bool = False, state: dict[st
         model.llm.save_pretrained(folder / "llm", state_dict=without_lora(model.llm))
         config.encoder_name_or_path, config.llm_model_name_or_path = "encoder", "llm"
         config.encoder_revision = config.llm_revision = None
-    elif model.merged:
-        raise InputError(f"{folder}: LoRA was merged into the LLM's weights; save them with include_frozen=True")
     state = {name: p.detach() for name, p in model.saved().items()} if state is None else state
-    partial = folder / "model.safetensors.partial"
-    save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial, {"format": "pt"})
-    partial.replace(folder / "model.safetensors")
+    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     written = {"model_type": config.model_type, "architectures": [type(model).__name__]}
     written |= {name: getattr(config, name) for name in type(config).__annotations__}  # Trainer leaves others there
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(config, folder.resolve().name), encoding="utf-8")
 
 
 def without_lora(module: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +130,8 @@ def without_lora(module: nn.Module) -> dict[str, Tensor]:
 def load_trained(model, path: str | Path) -> None:
     """Read what was trained, tensor by tensor; InputError names every missing, extra or wrongly shaped one.
 
-    Weights of the encoder or the LLM may be among them: they were trained then, and are saved again.
+    Weights of the encoder or the LLM may be among them: they were trained then, are held in fp32 as they were in
+    training, and are saved again.
     """
     parameters, wanted = dict(model.named_parameters()), model.saved()
     try:
@@ -117,6 +144,9 @@ def load_trained(model, path: str | Path) -> None:
                 made += f"{c.projector_stride}, hidden size {c.projector_hidden_size}"
                 raise InputError(f"{path}: does not fit {made}: {misfits(wrong, shapes, found)}")
             for name in found:
+                part = model.get_submodule(name.partition(".")[0])
+                if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
+                    part.float()
                 parameters[name].data.copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot read the trained weights ({error})") from None
@@ -131,26 +161,41 @@ def misfits(names: list[str], shapes: dict[str, tuple], found: dict[str, tuple])
     return "; ".join(texts[:12] + more)
 
 
-def push_to_hub(model, repo_id: str, include_frozen: bool = False, revision: str | None = None, **options) -> str:
-    """Upload what `save` writes to a repository on the Hub, made if need be; `options` of create_repo (private ...)."""
+def push_to_hub(
+    model,
+    repo_id: str,
+    include_frozen: bool = False,
+    revision: str | None = None,
+    commit_message: str = "Speech recognition: trained weights and config",
+    token: str | None = None,
+    **options,
+) -> str:
+    """Upload what `save` writes to a repository on the Hub, made if need be; the commit's address.
+
+    `revision` is a branch, made if need be; `options` are those of create_repo: private ...
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=options.pop("token", None))
-    repo_id = api.create_repo(repo_id, exist_ok=True, **options).repo_id
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder, include_frozen)
-        Path(folder, "README.md").write_text(model_card(model.config, repo_id), encoding="utf-8")
-        message = "Speech recognition: trained weights and config"
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message))
+        repo_id = api.create_repo(repo_id, exist_ok=True, **options).repo_id
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        Path(folder, "README.md").write_text(model_card(model, repo_id, revision), encoding="utf-8")
+        where = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message}
+        return str(api.upload_folder(folder_path=folder, **where))
 
 
-def model_card(config: SpeechLLMConfig, name: str) -> str:
+def model_card(model, name: str, revision: str | None = None) -> str:
     """README.md: the parts and their revisions, data, error rate, how to use it."""
+    config = model.config
     encoder, llm = config.encoder_name_or_path, config.llm_model_name_or_path
-    adapted = [f"LoRA of rank {rank} on the {part}" for part, rank in
-               (("LLM", config.lora_r), ("encoder", config.encoder_lora_r)) if rank]  # fmt: skip
+    ranks = {"LLM": config.lora_r, "encoder": config.encoder_lora_r}
+    adapted = [f"LoRA of rank {rank} on the {part}" for part, rank in ranks.items() if rank]
+    adapted += ["LoRA, merged into the weights"] if model.merged else []
+    own = {n.partition(".")[0] for n in model.saved() if ".lora_" not in n}
+    adapted += [f"weights of the {part}" for part in ranks if part.lower() in own]
     rows = {
         "encoder": f"{encoder}, {config.encoder_revision or 'default revision'}",
         "projector": f"{config.projector}, {config.projector_stride} frames an embedding",
@@ -159,9 +204,11 @@ def model_card(config: SpeechLLMConfig, name: str) -> str:
         "prompt": json.dumps(config.prompt, ensure_ascii=False),
         **(config.training or {"trained on": "not recorded"}),
     }
-    hub_names = [part for part in (encoder, llm) if part and part.count("/") == 1 and not part.startswith((".", "/"))]
+    cells = {key: str(value).replace("|", "\\|") for key, value in rows.items()}
+    hub_names = [part for part in (encoder, llm) if part.count("/") == 1 and not Path(part).exists()]
     return CARD.format(
-        base_models="".join(f"  - {part}\n" for part in hub_names).rstrip() or "  []",
-        encoder=Path(encoder).name, projector=config.projector, llm=Path(llm).name, name=name,
-        parts="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        base_models="".join(["base_model:\n"] * bool(hub_names) + [f"  - {part}\n" for part in hub_names]),
+        encoder=Path(encoder).name, projector=config.projector, llm=Path(llm).name,
+        arguments=f'"{name}"' + (f', revision="{revision}"' if revision else ""),
+        parts="\n".join(f"| {key} | {value} |" for key, value in cells.items()),
     )  # fmt: skip

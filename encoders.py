@@ -44,7 +44,7 @@ OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's
 )
 WINDOW = 30 * SAMPLE_RATE  # samples that Whisper was trained on
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError)
-LOAD_ERRORS += (UnpicklingError, SafetensorError, StrictDataclassError)
+LOAD_ERRORS += (ImportError, UnpicklingError, SafetensorError, StrictDataclassError)
 
 
 def load_encoder(
@@ -79,7 +79,8 @@ def load_encoder(
     except InputError:
         raise
     except LOAD_ERRORS as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = next(filter(str.strip, str(error).splitlines()), "no reason given")
+        reason = f"{type(error).__name__}: {reason}"
         wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
         raise InputError(f"{path}: cannot load a speech encoder ({reason}); wanted {wanted}") from None
     if feature_extractor.sampling_rate != SAMPLE_RATE:

@@ -7,26 +7,26 @@ Shapes: B batch, A audio windows in the batch, S samples (16 kHz), M mel bins, F
 frames, N speech embeddings, L tokens, K last tokens with labels, D encoder width, H LLM width, V vocabulary.
 """
 
-import json
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, WhisperFeatureExtractor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import checkpoint
 import decoding
+import inputs
 import trainable
 import zero3
 from config import SpeechLLMConfig
-from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, pad_left, speech_ids
+from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset
 from encoders import extract, load_encoder, valid
 from llm import load_llm
 from manifest import InputError
 from projectors import PROJECTORS
-from prompt import END, SPEECH, START, conversation, render_prompt
+from prompt import END, SPEECH, START
 
 
 class SpeechLLM(PreTrainedModel):
@@ -66,10 +66,13 @@ class SpeechLLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None, device=None, **overrides) -> "SpeechLLM":
-        """The model of a folder that was saved, a training checkpoint, or a Hub name; `overrides` are config fields."""
-        folder = checkpoint.find_folder(name_or_path, revision)
-        model = cls(checkpoint.load_config(folder, **overrides), device)
-        model.load_trained(folder / "model.safetensors")
+        """The model of a folder that was saved, of a training checkpoint, of a Hub name, or of a .safetensors file.
+
+        `overrides` are fields of its config. Where there is no config.json they can name the parts in its stead.
+        """
+        weights = checkpoint.find_weights(name_or_path, revision)
+        model = cls(checkpoint.load_config(weights.parent, **overrides), device)
+        model.load_trained(weights)
         return model
 
     @classmethod
@@ -79,7 +82,7 @@ class SpeechLLM(PreTrainedModel):
         return cls(SpeechLLMConfig(**names, **fields), device)
 
     save_pretrained, load_trained, push_to_hub = checkpoint.save, checkpoint.load_trained, checkpoint.push_to_hub
-    decode, transcribe = decoding.decode, decoding.transcribe
+    decode, transcribe, inputs_for_llm = decoding.decode, decoding.transcribe, inputs.inputs_for_llm
     train, saved, merge_lora = trainable.set_training, trainable.saved, trainable.merge_lora
     freeze_encoder, unfreeze_encoder = trainable.switches("encoder")
     freeze_llm, unfreeze_llm = trainable.switches("llm")
@@ -101,45 +104,6 @@ class SpeechLLM(PreTrainedModel):
         counts = self.speech_lengths(torch.arange(WINDOW + 1)).numpy()  # a table: workers that load data need no model
         prompts = config.prompt, config.system_prompt, config.audio_boundary_tokens
         return SpeechDataset(records, self.tokenizer, take, counts, *prompts, **options)
-
-    def inputs_for_llm(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_lengths: Tensor | None = None,
-        audio_attention_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """inputs_embeds (B, L, H), attention_mask (B, L) of text and audio, in any of these forms:
-
-        a batch of `collate`, whose input_ids hold placeholders for the speech; or what `feature_extractor` returns,
-        its mask as audio_attention_mask, one clip a row, which goes before input_ids, or into the model's prompt.
-        """
-        features = input_values if input_features is None else input_features
-        if attention_mask is None and input_ids is not None:
-            attention_mask = torch.ones_like(input_ids)
-        if features is None:
-            raise ValueError("wanted audio: input_values or input_features, as model.feature_extractor returns them")
-        if feature_lengths is None:
-            if isinstance(self.feature_extractor, WhisperFeatureExtractor):
-                features = features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
-            mask = audio_attention_mask
-            feature_lengths = features.new_full((len(features),), features.shape[1]) if mask is None else mask.sum(1)
-        if input_ids is None or not (input_ids == SPEECH).any():
-            before, after = [], []
-            if input_ids is None:
-                asked = conversation(self.config.prompt, self.config.system_prompt)
-                (before, after), _ = render_prompt(self.tokenizer, json.dumps(asked))
-                input_ids = attention_mask = features.new_zeros((len(features), 0), dtype=torch.long)
-            if len(input_ids) != len(features):
-                raise ValueError(f"{len(input_ids)} rows of input_ids for {len(features)} clips")
-            counts = self.speech_lengths(feature_lengths.long()).tolist()
-            rows = [before + speech_ids(count, self.config.audio_boundary_tokens) + after for count in counts]
-            ids, mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
-            input_ids, attention_mask = torch.cat([ids, input_ids], 1), torch.cat([mask, attention_mask], 1)
-        embeds = self.embed(input_ids, features, feature_lengths.long())
-        return {"inputs_embeds": embeds, "attention_mask": attention_mask}
 
     def embed(self, input_ids: Tensor, features: Tensor, feature_lengths: Tensor) -> Tensor:
         """Token embeddings (B, L, H) with the speech embeddings in the SPEECH positions, in order."""
@@ -174,10 +138,10 @@ class SpeechLLM(PreTrainedModel):
         trained tokens of the optimiser's step, on all devices), by this batch's own when that is None. `index` and
         `bad` come with a batch of `collate` and are not used here.
         """
-        inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        given = self.inputs_for_llm(input_ids, attention_mask, **audio)
+        positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
         keep = 0 if labels is None else labels.shape[1] + 1  # each position predicts the next; 0 = all
-        logits = self.llm(**inputs, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        logits = self.llm(**given, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
         if labels is None:
             return CausalLMOutput(logits=logits)
         logits = logits[:, :-1].float()
@@ -192,29 +156,13 @@ class SpeechLLM(PreTrainedModel):
         return CausalLMOutput(loss=total / max(count, 1), logits=logits)
 
     @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        prompts: list[list[dict]] | None = None,
-        input_values: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_lengths: Tensor | None = None,
-        audio_attention_mask: Tensor | None = None,
-        **options,
-    ) -> Tensor:
+    def generate(self, input_ids=None, attention_mask=None, prompts: list[list[dict]] | None = None, **options):
         """Ids (B, new) of the answers to `prompts`, or to the inputs of `inputs_for_llm`.
 
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
-        `options` are those of transformers' generate: num_beams, do_sample, a generation_config ...
+        `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
-        audio = (input_values, input_features, feature_lengths, audio_attention_mask)
+        audio = {name: options.pop(name) for name in inputs.AUDIO if name in options}
         if prompts is not None:
-            if any(not turns or turns[-1]["role"] == "assistant" for turns in prompts):
-                raise ValueError("wanted prompts whose last turn is the user's")
-            records = [{"where": f"prompt {number}", "messages": turns} for number, turns in enumerate(prompts, 1)]
-            dataset = self.make_dataset(records, max_length=self.max_length)
-            batch = collate([dataset[i] for i in range(len(dataset))], with_targets=False)
-            names = ("input_ids", "attention_mask", "input_values", "input_features", "feature_lengths")
-            input_ids, attention_mask, *audio = (batch[n].to(self.device) if n in batch else None for n in names)
-        return self.llm.generate(**self.inputs_for_llm(input_ids, attention_mask, *audio), **options)
+            input_ids, attention_mask, audio = inputs.of_prompts(self, prompts)
+        return self.llm.generate(**self.inputs_for_llm(input_ids, attention_mask, **audio), **options)

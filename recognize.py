@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from datetime import timedelta
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from manifest import InputError, Manifest, record_key, reference, run
-from resume import journals, open_journal, read_journals
+from resume import fingerprint, journals, open_journal, read_journals
 from score import score_files
 
 
@@ -55,31 +54,16 @@ def parse() -> argparse.Namespace:
 
 def load_model(args: argparse.Namespace):
     """The SpeechLLM that the flags name; they win over the config.json beside the weights, and can stand in for it."""
-    from checkpoint import find_folder, load_config  # here, so that --help is quick
-    from model import SpeechLLM, SpeechLLMConfig
+    from model import SpeechLLM  # here, so that --help is quick
 
-    folder = Path(args.projector_model_path).parent if args.projector_model_path else None
-    folder = folder or find_folder(args.model_path, args.revision)
     names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize".split()
     given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    alone = set(names[:2]) <= given.keys() and not (folder / "config.json").is_file()
-    config = SpeechLLMConfig(**given) if alone else load_config(folder, **given)
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model = SpeechLLM(config, device=args.device or gpu)
-    model.load_trained(args.projector_model_path or folder / "model.safetensors")
+    path = args.projector_model_path or args.model_path
+    model = SpeechLLM.from_pretrained(path, args.revision, args.device or gpu, **given)
     if args.merge_lora:
         model.merge_lora()
     return model
-
-
-def fingerprint(model, manifest: Manifest, args: argparse.Namespace) -> str:
-    """Hash of all that decides a hypothesis: the start of every weight tensor, prompt, manifest, search settings."""
-    config = {name: value for name, value in model.config.to_dict().items() if name != "training"}
-    settings = [config, manifest.sha256, args.num_beams, args.max_new_tokens]
-    digest = sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def recognize_files(args: argparse.Namespace) -> None:
@@ -101,7 +85,7 @@ def recognize_manifest(args: argparse.Namespace) -> None:
     wait_for_all = dist.barrier if num_processes > 1 else lambda: None
     model = load_model(args)
     dataset = model.make_dataset(manifest, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
-    key = fingerprint(model, manifest, args)
+    key = fingerprint(model, manifest.sha256, args.num_beams, args.max_new_tokens)
     done, foreign = read_journals(args.result_path, key)
     wait_for_all()  # all have read before anyone writes
     if rank == 0 and done:

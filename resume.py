@@ -3,10 +3,17 @@
 import json
 import math
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
 from manifest import InputError
+
+
+def settings_of(*groups: tuple[object, list[str]], **others) -> dict:
+    """What decides the course of a training run, as train_settings.json holds it: fields of objects, by name."""
+    settings = {name: getattr(group, name) for group, names in groups for name in names} | others
+    return json.loads(json.dumps(settings))
 
 
 def find_checkpoint(output_dir: str, settings: dict) -> str | None:
@@ -45,6 +52,15 @@ def is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def fingerprint(model, *settings) -> str:
+    """Hash of all that decides a hypothesis: config, the start of every weight tensor, and the settings given."""
+    config = {name: value for name, value in model.config.to_dict().items() if name != "training"}
+    digest = sha256(json.dumps([config, settings], sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def journals(result_path: str) -> list[Path]:

@@ -15,13 +15,16 @@ from transformers import Trainer, set_seed
 
 import zero3
 from arguments import ModelArguments, parse
-from dataset import LengthSampler, collate
+from dataset import collate
 from evaluate import evaluate
 from manifest import InputError, Manifest, run
 from model import SpeechLLM
-from resume import find_checkpoint, keep_best
+from resume import find_checkpoint, keep_best, settings_of
+from sampler import LengthSampler
 from trainable import describe
 
+# What a run that goes on must not change.
+DECISIVE_DATA = "model_max_length max_seconds on_bad_audio projector_model_path".split()
 DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
     lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
     gradient_accumulation_steps train_sampling_strategy label_smoothing_factor bf16 fp16 world_size""".split()
@@ -89,11 +92,8 @@ def main() -> None:
     config, data, args = parse(sys.argv[1:])
     set_seed(args.seed)
     manifest = Manifest(data.data_path)
-    settings = {f.name: getattr(config, f.name) for f in fields(ModelArguments)}
-    settings |= {"manifest": manifest.sha256, "deepspeed": bool(args.deepspeed)}
-    decisive = ("model_max_length", "max_seconds", "on_bad_audio", "projector_model_path")
-    settings |= {name: getattr(data, name) for name in decisive} | {name: getattr(args, name) for name in DECISIVE}
-    settings = json.loads(json.dumps(settings))
+    groups = (config, [f.name for f in fields(ModelArguments)]), (data, DECISIVE_DATA), (args, DECISIVE)
+    settings = settings_of(*groups, manifest=manifest.sha256, deepspeed=bool(args.deepspeed))
     checkpoint = find_checkpoint(args.output_dir, settings)
 
     if args.deepspeed:

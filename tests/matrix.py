@@ -1,4 +1,4 @@
-"""Every encoder with every LLM and every projector, at tiny random size: trained for a step, decoded, alone = in a batch.
+"""Every encoder with every LLM and every projector, tiny and random: trained for a step, decoded, alone = in a batch.
 
 python tests/matrix.py  # the table of README.md
 """

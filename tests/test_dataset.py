@@ -17,10 +17,11 @@ from conftest import CHATML, make_tokenizer, write_manifest
 from transformers import WhisperFeatureExtractor
 
 from audio import load_audio
-from dataset import IGNORE, WINDOW, LengthSampler, SpeechDataset, collate
+from dataset import IGNORE, WINDOW, SpeechDataset, collate
 from encoders import extract
 from manifest import SAMPLE_RATE, BadUtterance, InputError, Manifest, clips, record_key, reference, run
 from prompt import AUDIO, SPEECH, render_prompt
+from sampler import LengthSampler
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"

@@ -320,7 +320,8 @@ def test_lora_in_an_encoder_learns_with_and_without_gradient_checkpointing(path_
         return found
 
     plain = gradients()
-    encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = encoder.model  # two names of one thing in two versions of transformers
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in encoder.modules():  # as SpeechLLM does: checkpoints are made in training mode, dropout is not wanted
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
@@ -345,6 +346,15 @@ def test_training_mode_brings_dropout_and_no_other_chance(path_of, name):
         frames = encoder(*batch_of(clips))
         quiet = frames if quiet is None else quiet
         assert frames.equal(quiet)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2_base", "wavlm_large", "data2vec"])
+def test_convolutions_over_samples_need_no_gradients_while_layers_learn(path_of, name):
+    encoder = load_encoder(str(path_of(name))).train()
+    encoder.model.encoder.layers.requires_grad_(True)
+    found = []
+    encoder.model.feature_extractor.register_forward_hook(lambda *call: found.append(call[-1].requires_grad))
+    assert encoder(*batch_of(clips_for(encoder))).requires_grad and found == [False]
 
 
 # Wrong input

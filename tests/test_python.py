@@ -1,4 +1,4 @@
-"""The Python object: from parts, forward, generate, conversations, a plain training loop; as SpeechLM's users know it."""
+"""The Python object: from parts, forward, generate, conversations, a plain training loop; as SpeechLM's users do."""
 
 import numpy as np
 import pytest

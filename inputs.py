@@ -1,0 +1,64 @@
+"""What the LLM is given, from audio and text in any form: `SpeechLLM.inputs_for_llm`, and conversations."""
+
+import json
+
+import torch
+from torch import Tensor
+from transformers import WhisperFeatureExtractor
+
+from dataset import collate, pad_left, speech_ids
+from prompt import SPEECH, conversation, render_prompt
+
+AUDIO = ("input_values", "input_features", "feature_lengths", "audio_attention_mask")
+
+
+def inputs_for_llm(
+    model,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    input_values: Tensor | None = None,
+    input_features: Tensor | None = None,
+    feature_lengths: Tensor | None = None,
+    audio_attention_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """inputs_embeds (B, L, H), attention_mask (B, L) of text and audio, in any of these forms:
+
+    a batch of `collate`, whose input_ids hold placeholders for the speech; or what the model's feature_extractor
+    returns, its mask as audio_attention_mask, one clip a row, which goes before input_ids, or into the model's prompt.
+    Raises ValueError where the counts of clips, rows or placeholders do not fit.
+    """
+    features = input_values if input_features is None else input_features
+    if features is None:
+        raise ValueError("wanted audio: input_values or input_features, as model.feature_extractor returns them")
+    if attention_mask is None and input_ids is not None:
+        attention_mask = torch.ones_like(input_ids)
+    if feature_lengths is None:
+        if isinstance(model.feature_extractor, WhisperFeatureExtractor):
+            features = features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
+        mask = audio_attention_mask
+        feature_lengths = features.new_full((len(features),), features.shape[1]) if mask is None else mask.sum(1)
+    feature_lengths = feature_lengths.long()
+    if input_ids is None or not (input_ids == SPEECH).any():
+        before, after = [], []
+        if input_ids is None:
+            asked = conversation(model.config.prompt, model.config.system_prompt)
+            (before, after), _ = render_prompt(model.tokenizer, json.dumps(asked))
+            input_ids = attention_mask = features.new_zeros((len(features), 0), dtype=torch.long)
+        if len(input_ids) != len(features):
+            raise ValueError(f"{len(input_ids)} rows of input_ids for {len(features)} clips")
+        counts = model.speech_lengths(feature_lengths).tolist()
+        rows = [before + speech_ids(count, model.config.audio_boundary_tokens) + after for count in counts]
+        ids, mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
+        input_ids, attention_mask = torch.cat([ids, input_ids], 1), torch.cat([mask, attention_mask], 1)
+    return {"inputs_embeds": model.embed(input_ids, features, feature_lengths), "attention_mask": attention_mask}
+
+
+def of_prompts(model, prompts: list[list[dict]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(input_ids, attention_mask, audio inputs) of conversations; BadUtterance for one that does not add up."""
+    if any(not turns or turns[-1]["role"] == "assistant" for turns in prompts):
+        raise ValueError("wanted prompts whose last turn is the user's")
+    records = [{"where": f"prompt {number}", "messages": turns} for number, turns in enumerate(prompts, 1)]
+    dataset = model.make_dataset(records, max_length=model.max_length)
+    batch = collate([dataset[i] for i in range(len(dataset))], with_targets=False)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in ("index", "bad", "labels")}
+    return batch.pop("input_ids"), batch.pop("attention_mask"), batch
