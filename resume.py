@@ -44,6 +44,8 @@ def keep_best(output_dir: str, metric: str, count: int) -> None:
     for step in sorted(rates, key=lambda step: (rates[step], -step))[count:]:
         if step != max(rates):
             shutil.rmtree(Path(output_dir, f"checkpoint-{step}"))
+    best = min(rates, key=lambda step: (rates[step], -step))
+    print(f"lowest {metric} so far: {rates[best]:.4f}, {output_dir}/checkpoint-{best}")
 
 
 def is_json(path: Path) -> bool:

@@ -1,29 +1,42 @@
 """Run every command and Python example of README.md, on what the quick demo has made.
 
 The commands are run as they stand but for names: models and data that are not here become the demo's, 8 processes
-become 2 on the CPU, and long training stops after a few steps. `make` lines are run by .ci/run itself.
+become 2 on the CPU, and long training stops after a few steps. Hub names are looked up on a hub of our own, where tiny
+random models have them. `make` lines are run by .ci/run itself.
 """
 
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo_run_quick"
+sys.path += [str(ROOT), str(ROOT / "tests")]
+
+from fake_hub import FakeHub  # noqa: E402
+from families import ENCODERS, LLMS  # noqa: E402
+
+HUB = {
+    "facebook/mms-300m": ENCODERS["wav2vec2_large"],
+    "microsoft/wavlm-large": ENCODERS["wavlm_large"],
+    "Qwen/Qwen3-0.6B": LLMS["qwen3"],
+    "Qwen/Qwen2-1.5B-Instruct": LLMS["qwen2"],
+    "meta-llama/Llama-3.2-1B": LLMS["gpt2"],  # a base LLM, without a chat template
+}
+SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False"
 NAMES = {
-    r"Qwen2-1.5B-Instruct(?!-)": str(DEMO / "llm"),
-    r"(whisper_model_name_or_path) tiny": rf"\1 {DEMO / 'whisper.pt'}",
-    r"--data_path train.jsonl": f"--data_path {DEMO / 'train.jsonl'}",
-    r"--data_path test.jsonl": f"--data_path {DEMO / 'test_known_voices.jsonl'}",
-    r"--eval_data_path dev.jsonl": f"--eval_data_path {DEMO / 'test_new_voices.jsonl'}",
+    r"(name_or_path) Qwen2-1.5B-Instruct(?!-)": rf"\1 {DEMO / 'llm'}",
+    r"((whisper_model|encoder)_name_or_path) tiny": rf"\1 {DEMO / 'whisper.pt'}",
     r"--nproc_per_node=8": "--nproc_per_node=2",
     r"--bf16 True": "--use_cpu",
     r"checkpoint-600": "checkpoint-4",
     r"--save_steps 100": "--save_steps 4 --max_steps 4",
     r"--gradient_accumulation_steps 8": "--gradient_accumulation_steps 1",
-    r"\bdemo_run\b": str(DEMO),
+    r"train.py (whisper_qwen.yaml)": rf"train.py \1 --encoder_name_or_path {DEMO / 'whisper.pt'} {SHORT}",
+    r"train.py (wavlm_llama.yaml)": rf"train.py \1 --projector_hidden_size 32 {SHORT}",
     r"(python benchmark.py .*)": r"\1 --llm nano --batch_size 1 --steps 1 --decode_batches 1 --repeats 1",
 }
 
@@ -32,15 +45,24 @@ def main() -> None:
     folder = DEMO / "readme"
     subprocess.run(["rm", "-rf", folder], check=True)
     folder.mkdir(parents=True)
-    for name in (*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "ds_config_zero3.json"):
-        (folder / name.name).symlink_to(name)
+    files = [path for ending in ("py", "txt", "yaml", "json") for path in ROOT.glob(f"*.{ending}")]
+    links = {path.name: path for path in (*files, ROOT / "tests", DEMO / "wav")}
+    links |= {"train.jsonl": DEMO / "train.jsonl", "test.jsonl": DEMO / "test_known_voices.jsonl"}
     clip = next((DEMO / "wav").rglob("*.wav"))
-    for name in ("a.wav", "b.wav"):
-        (folder / name).symlink_to(clip)
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    environment = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    links |= {"dev.jsonl": DEMO / "test_new_voices.jsonl", "a.wav": clip, "b.wav": clip}
+    for name, path in links.items():
+        (folder / name).symlink_to(path)
+    hub = FakeHub()
+    for name, build in HUB.items():
+        with tempfile.TemporaryDirectory() as made:
+            build(Path(made))
+            hub.create(name, "public")
+            hub.commit(name, "main", {path.name: path.read_bytes() for path in Path(made).iterdir()})
+    environment = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_ci"}
+
     count = 0
-    for language, text in blocks:
+    for language, text in re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         for pattern, replacement in NAMES.items():
             text = re.sub(pattern, replacement, text)
         lines = text.replace("\\\n", " ").strip().splitlines() if language == "bash" else [text]

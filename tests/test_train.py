@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from dataset import BadUtterance, Manifest, collate
 from model import SpeechLLM
+from resume import keep_best
 
 PROJECTOR = {f"projector.{layer}.{kind}" for layer in ("conv", "linear1", "linear2") for kind in ("weight", "bias")}
 # From https://github.com/wenet-e2e/west, with tiny models on two CPU processes and without --bf16.
@@ -497,3 +498,41 @@ def test_label_smoothing_and_random_sampling_are_heeded(world, launch, chinese_l
     assert first["smoothed"] != pytest.approx(first["exact"], abs=1e-3)
     assert losses(world / "shuffled") == losses(world / "again")
     assert first["shuffled"] != pytest.approx(first["sorted"], abs=1e-3)
+
+
+# The best checkpoints
+
+
+def write_checkpoint(folder: Path, step: int, rate: float | None) -> None:
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    logs = [{"step": step, "loss": 1.0}, {"step": step - 1, "eval_wer": 0.0}]
+    logs += [] if rate is None else [{"step": step, "eval_wer": rate}]
+    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+
+
+@pytest.mark.parametrize(
+    ("rates", "count", "kept"),
+    [
+        ({2: 0.5, 4: 0.2, 6: 0.3, 8: 0.4}, 2, [4, 6, 8]),  # the last is kept to go on from
+        ({2: 0.5, 4: 0.2, 6: 0.3, 10: 0.1}, 2, [4, 10]),
+        ({2: 0.5, 4: 0.5, 100: 0.5}, 1, [100]),  # of equals the later
+        ({2: None, 4: 0.9, 6: 0.8}, 1, [6]),
+    ],
+)
+def test_the_best_checkpoints_and_the_last_are_kept(tmp_path, rates, count, kept):
+    for step, rate in rates.items():
+        write_checkpoint(tmp_path, step, rate)
+    keep_best(str(tmp_path), "wer", count)
+    assert sorted(int(path.name[11:]) for path in tmp_path.iterdir()) == kept
+
+
+def test_a_run_keeps_its_checkpoints_with_the_lowest_evaluation_loss(world, chinese_llm, trained, launch):
+    flags = "--data_path corpus.jsonl --eval_data_path eval.jsonl --max_steps 5 --learning_rate 3e-2 --save_steps 1"
+    flags += " --eval_strategy steps --eval_steps 1 --save_best_by loss --save_total_limit 2 --output_dir best"
+    job = launch("train.py", f"{TRAIN_FLAGS} {flags}").wait()
+    assert job.status == 0, job.err
+    state = json.loads((world / "best/checkpoint-5/trainer_state.json").read_text())
+    rates = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+    wanted = {*sorted(rates, key=rates.get)[:2], 5}
+    assert {int(path.name[11:]) for path in (world / "best").glob("checkpoint-*")} == wanted
+    assert rates[min(rates, key=rates.get)] < rates[max(rates, key=rates.get)]
