@@ -62,7 +62,9 @@ class SpeechLLM(PreTrainedModel):
         if self.speech_lengths(len(extract(self.feature_extractor, torch.zeros(SILENCE).numpy()))) < 1:
             raise InputError(f"projector_stride {config.projector_stride}: 2 s of audio give not one embedding")
         trainable.prepare(self)
-        self.to(device or self.llm.device).eval()
+        for part in set(self.children()) - {self.llm}:
+            part.to(device or self.llm.device)
+        self.eval()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None, device=None, **overrides) -> "SpeechLLM":

@@ -122,13 +122,16 @@ def set_training(model: nn.Module, mode: bool = True) -> nn.Module:
 
     Layers that checkpoint their gradients are told that they train, for they do not checkpoint otherwise.
     """
+    trained = {"": [True]}  # module -> which of its parameters are
+    for name, parameter in model.named_parameters():
+        while name := name.rpartition(".")[0]:
+            trained.setdefault(name, []).append(parameter.requires_grad)
     modes = {}
     for name, module in model.named_modules():  # parents come first
-        trained = [p.requires_grad for p in module.parameters()] if name else [True]
         inherited = modes.get(name.rpartition(".")[0]) or ".lora_dropout" in name
-        modes[name] = module.training = mode and bool(all(trained) if trained else inherited)
+        modes[name] = module.training = mode and bool(all(trained[name]) if name in trained else inherited)
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = mode and (name.startswith("llm.") or any(trained))
+            module.training = mode and (name.startswith("llm.") or any(trained[name]))
     return model
 
 
