@@ -189,7 +189,7 @@ class SpeechEncoder(nn.Module):
 
         Frames past `output_lengths` are garbage; so are all frames of a clip that is too short for one.
         """
-        lengths = torch.where(self.output_lengths(lengths) > 0, lengths, features.shape[1])  # nothing valid makes NaN
+        lengths = torch.where(self.output_lengths(lengths) > 0, lengths, features.shape[1])  # no mask may be empty
         features = features.to(self.model.dtype)
         if self.is_whisper:
             return self.whisper_frames(features, lengths)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -70,7 +71,7 @@ def journals(result_path: str) -> list[Path]:
 
     JSON lines; the first is a key of all that decides a hypothesis, the others are rows {"index", "pred", ...}.
     """
-    return sorted(Path(result_path).parent.glob(f"{Path(result_path).name}.partial-*"))
+    return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.partial-*"))
 
 
 def read_journals(result_path: str, key: str) -> tuple[dict[int, dict], list[Path]]:

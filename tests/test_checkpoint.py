@@ -116,9 +116,9 @@ def test_an_export_needs_nothing_else_wherever_it_is_moved(world, tmp_path, monk
     model.save_pretrained(tmp_path / "here" / "run", include_frozen=True)
     shutil.move(tmp_path / "here" / "run", tmp_path / "moved")
     shutil.rmtree(tmp_path / "here")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for path in (tmp_path / "moved", Path("../moved")):
+    (tmp_path / "some" / "where").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "some" / "where")
+    for path in (tmp_path / "moved", Path("../../moved")):
         loaded = SpeechLLM.from_pretrained(path)
         assert_same(loaded, model)
         assert texts(loaded, world) == wanted

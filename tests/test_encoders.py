@@ -282,6 +282,7 @@ def test_an_encoder_is_frozen_and_in_eval_mode_and_holds_nothing_but_itself(enco
 def test_an_encoder_comes_back_from_its_folder_to_the_bit(path_of, tmp_path, name, layer):
     encoder = load_encoder(str(path_of(name)), layer=layer)
     encoder.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == encoder.model.state_dict().keys()
     clip = clips_for(encoder)[3]
     for again in (load_encoder(str(tmp_path)), load_encoder(str(tmp_path), layer=layer)):
         assert extract(again.feature_extractor, noise(SECONDS[3], 3)).equal(clip)
