@@ -103,7 +103,7 @@ class SpeechLLM(PreTrainedModel):
         """SpeechDataset of records (a Manifest or a list of dicts) for this model."""
         config = self.config
         take = partial(extract, self.feature_extractor, pad_to_30s=config.pad_to_30s)
-        counts = self.speech_lengths(torch.arange(WINDOW + 1)).numpy()  # a table: workers that load data need no model
+        counts = self.speech_lengths(torch.arange(WINDOW + 1)).int().numpy()  # a table: workers need no model
         prompts = config.prompt, config.system_prompt, config.audio_boundary_tokens
         return SpeechDataset(records, self.tokenizer, take, counts, *prompts, **options)
 

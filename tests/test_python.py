@@ -1,5 +1,7 @@
 """The Python object: from parts, forward, generate, conversations, a plain training loop; as SpeechLM's users do."""
 
+import pickle
+
 import numpy as np
 import pytest
 import soundfile
@@ -185,3 +187,12 @@ def test_a_plain_training_loop_learns(any_model, world):
             losses.append(loss.item())
     any_model.eval()
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+
+
+def test_a_dataset_takes_no_model_along_to_the_processes_that_load_data(any_model, world):
+    """They are started afresh on some systems, and everything that they need is sent to them."""
+    dataset = any_model.make_dataset(Manifest(str(world / "corpus.jsonl")))
+    assert len(pickle.dumps(dataset)) < 3e6
+    loader = DataLoader(dataset, batch_size=5, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    for batch, again in zip(loader, DataLoader(dataset, batch_size=5, collate_fn=collate), strict=True):
+        assert batch["input_ids"].equal(again["input_ids"])
