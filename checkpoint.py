@@ -21,7 +21,6 @@ from config import SpeechLLMConfig
 from manifest import InputError
 
 CARD = """---
-library_name: transformers
 pipeline_tag: automatic-speech-recognition
 {base_models}---
 # Speech recognition: {encoder} + {projector} projector + {llm}
@@ -41,7 +40,10 @@ print(model.transcribe("a.wav", num_beams=4))
 """
 
 
-def find_weights(name_or_path: str | Path, revision: str | None = None) -> Path:
+PARTS = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
+
+
+def find_weights(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """The trained weights in a local folder, or in the one that a Hub name is downloaded to; a file is itself."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
@@ -53,7 +55,7 @@ def find_weights(name_or_path: str | Path, revision: str | None = None) -> Path:
         return Path(name_or_path, "model.safetensors" if is_folder else "")
     ours = ["config.json", "model.safetensors", "encoder/*", "llm/*"]  # not an optimizer's state, nor another kind
     try:
-        folder = snapshot_download(str(name_or_path), revision=revision, allow_patterns=ours)
+        folder = snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=ours)
         return Path(folder, "model.safetensors")
     except RevisionNotFoundError:
         raise InputError(f"{name_or_path}: no revision {revision}; wanted a branch, tag or commit") from None
@@ -76,7 +78,7 @@ def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
         raise InputError(f"{path}: {str(error).removeprefix('config: ')}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; wanted a folder that train.py or save_pretrained wrote") from None
-    for part in ("encoder_name_or_path", "llm_model_name_or_path"):  # frozen parts in the folder itself
+    for part in PARTS:  # frozen parts in the folder itself
         if found.get(part) and (folder / found[part]).exists():
             found[part] = str((folder / found[part]).absolute())
     return SpeechLLMConfig(**{**found, **overrides})
@@ -109,17 +111,32 @@ def write(model, folder: Path, include_frozen: bool, state: dict[str, Tensor] | 
     config = copy.copy(model.config)
     if include_frozen:
         model.encoder.feature_extractor.save_pretrained(folder / "encoder")
-        model.encoder.model.save_pretrained(folder / "encoder", state_dict=without_lora(model.encoder.model))
+        model.encoder.model.save_pretrained(
+            folder / "encoder", save_original_format=False, state_dict=without_lora(model.encoder.model)
+        )
         model.tokenizer.save_pretrained(folder / "llm")
         model.llm.save_pretrained(folder / "llm", state_dict=without_lora(model.llm))
         config.encoder_name_or_path, config.llm_model_name_or_path = "encoder", "llm"
         config.encoder_revision = config.llm_revision = None
+    else:
+        for part, revision in PARTS.items():
+            name = getattr(config, part)
+            setattr(config, part, str(Path(name).absolute()) if Path(name).exists() else name)
+            setattr(config, revision, getattr(config, revision) or commit_of(name))
     state = {name: p.detach() for name, p in model.saved().items()} if state is None else state
     state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     written = {"model_type": config.model_type, "architectures": [type(model).__name__]}
     written |= {name: getattr(config, name) for name in type(config).__annotations__}  # Trainer leaves others there
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def commit_of(name: str) -> str | None:
+    """The commit on the Hub that a name was loaded from, as the cache has it; None for what is not from the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = None if Path(name).exists() else try_to_load_from_cache(name, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def without_lora(module: nn.Module) -> dict[str, Tensor]:
@@ -166,6 +183,7 @@ def push_to_hub(
     repo_id: str,
     include_frozen: bool = False,
     revision: str | None = None,
+    state: dict[str, Tensor] | None = None,
     commit_message: str = "Speech recognition: trained weights and config",
     token: str | None = None,
     **options,
@@ -178,7 +196,7 @@ def push_to_hub(
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, include_frozen)
+        save(model, folder, include_frozen, state)
         repo_id = api.create_repo(repo_id, exist_ok=True, **options).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

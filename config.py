@@ -3,6 +3,8 @@
 from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 from transformers import PreTrainedConfig
 
@@ -53,13 +55,26 @@ class SpeechLLMConfig(PreTrainedConfig):
     training: dict | None = None  # data, steps and error rate of the run that made the weights
 
     def __post_init__(self, **kwargs):
-        known = [f.name for f in fields(self)] + ["model_type", "name_or_path", "attn_implementation", "_commit_hash"]
-        if unknown := sorted(set(kwargs) - set(known)):
+        own = [f.name for f in fields(self) if f.name in type(self).__annotations__]
+        known = [*own, "dtype", "model_type", "architectures", "transformers_version", "name_or_path", "_commit_hash"]
+        inherited = {f.name: getattr(self, f.name) for f in fields(PreTrainedConfig) if f.name not in known}
+        unknown = [name for name, value in inherited.items() if value != getattr(PreTrainedConfig, name, None)]
+        unknown += [name for name, value in kwargs.items() if name not in known and value is not None]
+        if unknown:
             near = get_close_matches(unknown[0], known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {sorted(known)}"
             raise InputError(f"config: unknown field {unknown[0]!r}{hint}")
+        for name in own:
+            check_type(name, getattr(self, name), type(self).__annotations__[name])
         if self.chat_template and self.chat_template.endswith(".jinja"):
             if not Path(self.chat_template).is_file():
                 raise InputError(f"--chat_template {self.chat_template}: no such file")
             self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
         super().__post_init__(**kwargs)
+
+
+def check_type(name: str, value, kind) -> None:
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    kinds = [get_origin(k) or k for k in kinds] + ([int] if float in kinds else [])
+    if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+        raise InputError(f"config: {name} is {value!r}; wanted {' or '.join(k.__name__ for k in kinds)}")

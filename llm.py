@@ -16,11 +16,13 @@ def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) 
 
     Raises InputError if they cannot be loaded, or the prompt does not suit them.
     """
-    path, place = config.llm_model_name_or_path, {"device_map": {"": device}} if device else {}
-    options = {"dtype": "auto", "revision": config.llm_revision, "quantization_config": quantization(config.quantize)}
+    path, revision = config.llm_model_name_or_path, config.llm_revision
+    options = {"dtype": config.dtype or "auto", "quantization_config": quantization(config.quantize)}
+    if device:
+        options["device_map"] = {"": device}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.llm_revision)
-        llm = AutoModelForCausalLM.from_pretrained(path, **place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        llm = AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load the LLM ({str(error).splitlines()[0]})") from None
     # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the vocabulary matrix each time:

@@ -67,12 +67,12 @@ class SpeechLLM(PreTrainedModel):
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, revision: str | None = None, device=None, **overrides) -> "SpeechLLM":
+    def from_pretrained(cls, name_or_path, revision=None, device=None, token=None, **overrides) -> "SpeechLLM":
         """The model of a folder that was saved, of a training checkpoint, of a Hub name, or of a .safetensors file.
 
         `overrides` are fields of its config. Where there is no config.json they can name the parts in its stead.
         """
-        weights = checkpoint.find_weights(name_or_path, revision)
+        weights = checkpoint.find_weights(name_or_path, revision, token)
         model = cls(checkpoint.load_config(weights.parent, **overrides), device)
         model.load_trained(weights)
         return model

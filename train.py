@@ -36,10 +36,8 @@ class SpeechTrainer(Trainer):
     def __init__(self, *args, settings: dict, save_best_by: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.settings, self.skipped, self.save_best_by = settings, {}, save_best_by
-        self.keep, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None if save_best_by else self.args.save_total_limit,
-        )
+        self.num_best = self.args.save_total_limit or 1
+        self.args.save_total_limit = None if save_best_by else self.args.save_total_limit
         self.model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
 
     def _get_train_sampler(self, dataset=None):
@@ -67,6 +65,8 @@ class SpeechTrainer(Trainer):
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state=state)
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+            if self.args.push_to_hub and not _internal_call:
+                self.model.push_to_hub(self.hub_model_id, state=state, token=self.args.hub_token)
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)

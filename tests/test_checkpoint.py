@@ -430,7 +430,7 @@ def test_the_card_tells_parts_data_error_rate_and_how_to_use_the_model(world, tm
     model.unfreeze_encoder()
     model.save_pretrained(tmp_path / "run")
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "automatic-speech-recognition"}
+    assert card.data.to_dict() == {"pipeline_tag": "automatic-speech-recognition"}
     for row in (
         f"| encoder | {world / 'whisper.pt'}, default revision |",
         "| projector | conv1d, 5 frames an embedding |",
