@@ -84,6 +84,18 @@ def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
     return SpeechLLMConfig(**{**found, **overrides})
 
 
+def pin(config: SpeechLLMConfig) -> None:
+    """Make the names of the parts good anywhere and at any time: whole paths, and the commits that the Hub gave."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for part, revision in PARTS.items():
+        name, asked = getattr(config, part), getattr(config, revision)
+        if Path(name).exists():
+            setattr(config, part, str(Path(name).absolute()))
+        elif isinstance(path := try_to_load_from_cache(name, "config.json", revision=asked), str):
+            setattr(config, revision, Path(path).parent.name)
+
+
 def save(model, folder: str | Path, include_frozen: bool = False, state: dict[str, Tensor] | None = None) -> None:
     """Write what was trained (`state` if it lives elsewhere), config.json and the model card.
 
@@ -118,25 +130,12 @@ def write(model, folder: Path, include_frozen: bool, state: dict[str, Tensor] | 
         model.llm.save_pretrained(folder / "llm", state_dict=without_lora(model.llm))
         config.encoder_name_or_path, config.llm_model_name_or_path = "encoder", "llm"
         config.encoder_revision = config.llm_revision = None
-    else:
-        for part, revision in PARTS.items():
-            name = getattr(config, part)
-            setattr(config, part, str(Path(name).absolute()) if Path(name).exists() else name)
-            setattr(config, revision, getattr(config, revision) or commit_of(name))
     state = {name: p.detach() for name, p in model.saved().items()} if state is None else state
     state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     written = {"model_type": config.model_type, "architectures": [type(model).__name__]}
     written |= {name: getattr(config, name) for name in type(config).__annotations__}  # Trainer leaves others there
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-
-
-def commit_of(name: str) -> str | None:
-    """The commit on the Hub that a name was loaded from, as the cache has it; None for what is not from the Hub."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = None if Path(name).exists() else try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def without_lora(module: nn.Module) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ class SpeechLLM(PreTrainedModel):
         name = config.encoder_name_or_path
         with zero3.unshared():
             self.encoder = load_encoder(name, config.encoder_revision, config.encoder_layer, self.llm.dtype)
+        checkpoint.pin(config)
         text_config = self.llm.config.get_text_config()
         config.encoder_size, config.hidden_size = self.encoder.output_size, text_config.hidden_size
         self.projector = PROJECTORS[config.projector](config.encoder_size, config.hidden_size, config)

@@ -37,6 +37,7 @@ NAMES = {
     r"--gradient_accumulation_steps 8": "--gradient_accumulation_steps 1",
     r"train.py (whisper_qwen.yaml)": rf"train.py \1 --encoder_name_or_path {DEMO / 'whisper.pt'} {SHORT}",
     r"train.py (wavlm_llama.yaml)": rf"train.py \1 --projector_hidden_size 32 {SHORT}",
+    r"python demo.py": f"python demo.py --quick --output_dir {DEMO}",
     r"(python benchmark.py .*)": r"\1 --llm nano --batch_size 1 --steps 1 --decode_batches 1 --repeats 1",
 }
 

@@ -384,8 +384,20 @@ def test_encoder_and_llm_are_those_of_the_revisions_asked_for(hub, world, tmp_pa
     assert_same(newest.encoder, latest.encoder)
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.base_model == ["user/encoder", "user/llm"]
-    assert "| encoder | user/encoder, v1 |" in card.text
+    assert f"| encoder | user/encoder, {commits['encoder', 'v1']} |" in card.text  # the branch may go on
     assert f"| LLM | user/llm, {asked['llm_revision']} |" in card.text
+
+
+def test_a_checkpoint_stays_with_the_commits_that_it_was_trained_on(hub, world, tmp_path):
+    first = upload(LLMS["qwen2"](tmp_path / "llm"), "user/moving")
+    model = build(ENCODERS["whisper_openai"](tmp_path / "whisper"), "user/moving")
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, tmp_path / "llm" / "model.safetensors", {"format": "pt"})
+    assert upload(tmp_path / "llm", "user/moving") != first
+    model.save_pretrained(tmp_path / "run")
+    loaded = SpeechLLM.from_pretrained(tmp_path / "run")
+    assert loaded.config.llm_revision == first
+    assert_same(loaded, model, world)
 
 
 def test_recognize_takes_a_hub_name_and_a_revision(hub, pushed, world, tmp_path):
