@@ -139,7 +139,8 @@ def train_projector(folder: Path, settings: Settings, run: Path) -> None:
         *("--num_train_epochs", settings.projector_epochs, "--learning_rate", settings.projector_learning_rate),
         *("--per_device_train_batch_size", settings.projector_batch_size // PROCESSES, "--warmup_ratio", 0.05),
         *("--projector", settings.projector, "--projector_hidden_size", settings.projector_hidden_size),
-        *("--lora_r", settings.lora_r, "--lr_scheduler_type", "cosine", "--logging_steps", 50),
+        *("--lora_r", settings.lora_r, "--lora_alpha", 2),  # with 16 the LLM learns to guess: WER 3.1 and 5.0 %
+        *("--lr_scheduler_type", "cosine", "--logging_steps", 50),
         *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", True, "--use_cpu"),
     )
     put(partial, run)

@@ -222,9 +222,10 @@ class SpeechEncoder(nn.Module):
             return int(self.output_lengths(torch.tensor(lengths)))
         return self.count_frames(lengths).long().clamp(min=0)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, **options) -> None:
         """Write what load_encoder(folder) needs: config.json, model.safetensors, preprocessor_config.json."""
-        self.model.save_pretrained(folder, save_original_format=False)  # True: with the prefixes of a whole model
+        options |= {"save_original_format": False}  # True: with the prefixes of a whole model
+        self.model.save_pretrained(folder, **options)
         self.feature_extractor.save_pretrained(folder)
 
 

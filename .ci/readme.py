@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo_run_quick"
+README = (ROOT / "README.md").read_text()
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from fake_hub import FakeHub  # noqa: E402
@@ -63,7 +64,7 @@ def main() -> None:
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_ci"}
 
     count = 0
-    for language, text in re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    for language, text in re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL):
         for pattern, replacement in NAMES.items():
             text = re.sub(pattern, replacement, text)
         lines = text.replace("\\\n", " ").strip().splitlines() if language == "bash" else [text]
@@ -72,7 +73,11 @@ def main() -> None:
                 continue
             print(f"$ {' '.join(line.split())}" if language == "bash" else line, flush=True)
             command = ["bash", "-c", line] if language == "bash" else [sys.executable, "-c", line]
-            subprocess.run(command, cwd=folder, check=True, env=environment)
+            done = subprocess.run(command, cwd=folder, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+            print(done.stdout, end="", flush=True)
+            if "matrix.py" in line:
+                rows = {row for row in done.stdout.splitlines() if row.startswith("|")}
+                assert rows <= set(README.splitlines()), "README.md has another table than tests/matrix.py prints"
             count += 1
     print(f"{count} commands and examples of README.md ran")
 
