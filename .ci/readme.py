@@ -58,7 +58,6 @@ def main() -> None:
     for name, build in HUB.items():
         with tempfile.TemporaryDirectory() as made:
             build(Path(made))
-            hub.create(name, "public")
             hub.commit(name, "main", {path.name: path.read_bytes() for path in Path(made).iterdir()})
     environment = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_ci"}
