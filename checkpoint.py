@@ -8,8 +8,10 @@ run/llm/, run/encoder/ the frozen parts as transformers saves them, with include
 
 import copy
 import json
+import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -143,17 +145,24 @@ def without_lora(module: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer", ""): t for name, t in module.state_dict().items() if ".lora_" not in name}
 
 
-def load_trained(model, path: str | Path) -> None:
+def load_trained(model, path: str | Path, may_lack: str | None = None) -> None:
     """Read what was trained, tensor by tensor; InputError names every missing, extra or wrongly shaped one.
 
     Weights of the encoder or the LLM may be among them: they were trained then, are held in fp32 as they were in
-    training, and are saved again.
+    training, and are saved again. Tensors whose names match the pattern `may_lack` may be missing: they stay as they
+    are, with a warning, so that a second stage of training can add LoRA to a projector.
     """
     parameters, wanted = dict(model.named_parameters()), model.saved()
     try:
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(p.shape) for name, p in parameters.items() if name in wanted or name in found}
+            lacking = [name for name in shapes if may_lack and name not in found and re.search(may_lack, name)]
+            shapes = {name: shape for name, shape in shapes.items() if name not in lacking}
+            if lacking:
+                warnings.warn(
+                    f"{path}: without {lacking[0]} and the like ({len(lacking)}): they start new", stacklevel=2
+                )
             if wrong := [name for name in shapes | found if shapes.get(name) != found.get(name)]:
                 c = model.config
                 made = f"encoder width {c.encoder_size}, LLM width {c.hidden_size}, {c.projector} projector of stride "

@@ -102,7 +102,7 @@ def main() -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
     if data.projector_model_path:
-        model.load_trained(data.projector_model_path)
+        model.load_trained(data.projector_model_path, may_lack=r"^(?!projector\.)")
     limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
     dataset = model.make_dataset(manifest, on_bad=data.on_bad_audio, **limits)
     eval_dataset = None

@@ -162,6 +162,18 @@ def test_merged_lora_gives_the_same_losses_and_texts_without_its_layers(world):
     assert decode(model, dataset, 3) == texts
 
 
+def test_lora_can_be_added_to_a_projector_that_was_trained_before(world, tmp_path):
+    first = build(world)
+    first.save_pretrained(tmp_path)
+    second, path = build(world, lora_r=2), tmp_path / "model.safetensors"
+    torch.nn.init.normal_(second.projector.linear1.weight)
+    with pytest.raises(InputError, match=r"lora_A.* is missing"):
+        second.load_trained(path)
+    with pytest.warns(UserWarning, match=r"without llm\..*lora_A.* \(8\): they start new"):
+        second.load_trained(path, may_lack=r"^(?!projector\.)")
+    assert second.projector.linear1.weight.equal(first.projector.linear1.weight)
+
+
 @pytest.fixture(scope="module")
 def adapted(world, chinese_llm, launch):
     """A run with LoRA on both parts, never stopped: eight steps, checkpoints at the fourth and the eighth."""
