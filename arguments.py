@@ -63,7 +63,11 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
         argv = flags_of_file(argv[0]) + argv[1:]
     argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]
     about = "Train a speech recogniser: train.py [CONFIG.yaml] [--flag value ...]"
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=about, allow_abbrev=False)
+    groups, usage = (
+        (ModelArguments, DataArguments, TrainArguments),
+        "train.py [CONFIG.yaml] [--flag value ...] [--help]",
+    )
+    parser = HfArgumentParser(groups, description=about, usage=usage, allow_abbrev=False)
     for action in parser._actions:
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
     try:
@@ -81,6 +85,14 @@ def check(data: DataArguments, training: TrainArguments) -> None:
     """Raise InputError for arguments that contradict each other."""
     if training.fsdp:
         raise InputError("--fsdp: the projector would be saved in shards; use --deepspeed ds_config_zero3.json")
+    if training.save_only_model:
+        raise InputError("--save_only_model: a killed run could not go on from such checkpoints; leave it out")
+    if training.resume_from_checkpoint:
+        cure = "to start from other weights give --projector_model_path"
+        raise InputError(f"--resume_from_checkpoint: a run goes on from its --output_dir's last by itself; {cure}")
+    if training.n_gpu > 1:
+        cure = f"torchrun --standalone --nproc_per_node={training.n_gpu} train.py ..., or set CUDA_VISIBLE_DEVICES=0"
+        raise InputError(f"one process sees {training.n_gpu} GPUs; start it with {cure}")
     evaluated, kept = training.eval_strategy, training.save_strategy
     if evaluated != "no" and not data.eval_data_path:
         raise InputError(f"--eval_strategy {evaluated.value} wants a manifest; give --eval_data_path")
@@ -106,12 +118,12 @@ def flags_of_file(path: str) -> list[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: wanted keys and values: the names of train.py's flags")
     known = [f.name for group in (ModelArguments, DataArguments, TrainArguments) for f in fields(group)]
-    known += OLD_FLAGS
+    known += [*OLD_FLAGS, *SECTIONS]
     sections = [content.pop(name) or {} for name in SECTIONS if name in content]
     if wrong := [section for section in sections if not isinstance(section, dict)]:
         raise InputError(f"{path}: found {wrong[0]!r} for a section; wanted keys and values under {SECTIONS}")
@@ -119,6 +131,9 @@ def flags_of_file(path: str) -> list[str]:
     for key, value in [pair for part in (content, *sections) for pair in part.items()]:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
-        values = value if isinstance(value, list) else [value]
-        flags += [] if value is None else [f"--{key}", *(json.dumps(v) if type(v) is dict else str(v) for v in values)]
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            value = "no" if value is False and key.endswith("_strategy") else value  # YAML reads a bare no as false
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags

@@ -81,7 +81,9 @@ def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; wanted a folder that train.py or save_pretrained wrote") from None
     for part in PARTS:  # frozen parts in the folder itself
-        if found.get(part) and (folder / found[part]).exists():
+        if part in overrides:
+            found[PARTS[part]] = None  # a commit of the other one
+        elif found.get(part) and (folder / found[part]).exists():
             found[part] = str((folder / found[part]).absolute())
     return SpeechLLMConfig(**{**found, **overrides})
 
@@ -115,7 +117,7 @@ def save(model, folder: str | Path, include_frozen: bool = False, state: dict[st
         (partial / "README.md").write_text(model_card(model, folder.resolve().name), encoding="utf-8")
         for new in [path for path in partial.rglob("*") if path.is_file()]:
             old = folder / new.relative_to(partial)
-            old.parent.mkdir(exist_ok=True)
+            old.parent.mkdir(parents=True, exist_ok=True)
             new.replace(old)
     finally:
         shutil.rmtree(partial)
@@ -175,7 +177,7 @@ def load_trained(model, path: str | Path, may_lack: str | None = None) -> None:
                 parameters[name].data.copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot read the trained weights ({error})") from None
-    model.kept |= found.keys()
+    model.once_trained |= found.keys()
 
 
 def misfits(names: list[str], shapes: dict[str, tuple], found: dict[str, tuple]) -> str:

@@ -43,7 +43,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     projector_stride: int = option(5, "encoder frames joined into one embedding")
     projector_hidden_size: int = option(2048, "width inside the projector")
     projector_num_layers: int = option(2, "hidden layers (mlp), Conformer layers, Q-Former blocks")
-    projector_activation: str = option("relu", "of mlp: relu, gelu, silu ...")
+    projector_activation: str = option("relu", "activation inside the projector: relu, gelu, silu ...")
     audio_boundary_tokens: bool = option(False, "a learned vector before and after each clip")
     prompt: str = option(PROMPT, "the user's turn, with <audio> in it")
     system_prompt: str | None = option(None, "the system's turn (default: as the chat template has it)")
@@ -56,7 +56,7 @@ class SpeechLLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         own = [f.name for f in fields(self) if f.name in type(self).__annotations__]
-        known = [*own, "dtype", "model_type", "architectures", "transformers_version", "name_or_path", "_commit_hash"]
+        known = [*own, "model_type", "architectures", "transformers_version", "name_or_path", "_commit_hash"]
         inherited = {f.name: getattr(self, f.name) for f in fields(PreTrainedConfig) if f.name not in known}
         unknown = [name for name, value in inherited.items() if value != getattr(PreTrainedConfig, name, None)]
         unknown += [name for name, value in kwargs.items() if name not in known and value is not None]
@@ -66,6 +66,10 @@ class SpeechLLMConfig(PreTrainedConfig):
             raise InputError(f"config: unknown field {unknown[0]!r}{hint}")
         for name in own:
             check_type(name, getattr(self, name), type(self).__annotations__[name])
+        ranges = {"encoder_dropout": (0, 1), "lora_dropout": (0, 1), "lora_r": (0, 1e9), "encoder_lora_r": (0, 1e9)}
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) < most:
+                raise InputError(f"config: {name} is {getattr(self, name)}; wanted {least} or more, below {most:g}")
         if self.chat_template and self.chat_template.endswith(".jinja"):
             if not Path(self.chat_template).is_file():
                 raise InputError(f"--chat_template {self.chat_template}: no such file")

@@ -89,6 +89,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     def build(self, record: dict) -> dict:
         """Features and token ids of one record; BadUtterance if its audio or its length does not do."""
         samples = [load_audio(*clip) for clip in clips(record)]
+        if not samples:
+            raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
         self.check_seconds(sum(map(len, samples)) / SAMPLE_RATE)
         features = [self.windows(clip) for clip in samples]
         counts = [int(sum(self.speech_lengths[len(window)] for window in clip)) for clip in features]

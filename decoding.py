@@ -24,8 +24,12 @@ def decode(
     """Yield a list of (index of the record, hypothesis, problem or None) for each batch, longest clips first.
 
     Only the examples at `positions` of the dataset (default: all). What cannot be read has an empty hypothesis.
-    `options` are those of transformers' generate.
+    `options` are those of transformers' generate; with a generation_config, num_beams and max_new_tokens are its own.
     """
+    if options.get("num_return_sequences", 1) > 1:
+        raise ValueError("num_return_sequences: wanted 1, for each utterance has one hypothesis; see generate")
+    if "generation_config" not in options:
+        options |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     training = model.training
     model.eval()
     positions = range(len(dataset)) if positions is None else positions
@@ -36,11 +40,11 @@ def decode(
         for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
             index, problems, _ = (batch.pop(key) for key in ("index", "bad", "labels"))
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            ids = model.generate(**batch, num_beams=num_beams, max_new_tokens=max_new_tokens, **options).cpu()
+            ids = model.generate(**batch, **options).cpu()
             stopped = torch.isin(ids, torch.tensor(model.llm.generation_config.eos_token_id)).any(1).tolist()
             texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
             texts = ["" if bad else " ".join(text.split()) for text, bad in zip(texts, problems, strict=True)]
-            cut = f"no end within {max_new_tokens} new tokens"
+            cut = f"no end within {ids.shape[1]} new tokens"
             problems = [bad or (None if end else cut) for bad, end in zip(problems, stopped, strict=True)]
             yield list(zip(index, texts, problems, strict=True))
     finally:  # also if the caller stops early

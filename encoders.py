@@ -117,7 +117,8 @@ def rename(weights: dict[str, Tensor], pairs: Iterable[tuple[str, str]]) -> dict
 
 def set_output(config: PreTrainedConfig, layer: int | None) -> None:
     """Make the config that of an encoder whose output is hidden_states[layer], with nothing random but dropout."""
-    off = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
+    off = {"layerdrop": 0.0, "encoder_layerdrop": 0.0}
+    config.apply_spec_augment = False  # data2vec's config leaves it out, and its model then masks
     if layer is not None:
         last = config.num_hidden_layers
         if not 1 <= layer <= last:
@@ -174,6 +175,8 @@ class SpeechEncoder(nn.Module):
             final_norm(model).register_forward_hook(skip)
         if hasattr(model, "freeze_feature_encoder"):  # convolutions that want gradients whenever they are training
             model.freeze_feature_encoder()
+        if hasattr(model, "masked_spec_embed"):
+            model.masked_spec_embed = None  # SpecAugment's, which is off: no gradient would reach it
         self.norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
         for norm in self.norms:
             norm.__class__ = ClipNorm

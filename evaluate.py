@@ -6,7 +6,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from dataset import IGNORE, SpeechDataset, collate
-from manifest import reference
+from manifest import InputError, reference
 from model import SpeechLLM
 from score import score
 
@@ -38,6 +38,8 @@ def evaluate(
     rows = {index: row for part in gather_object([rows]) for index, row in part.items()}
     skipped = [bad for _, _, _, bad in rows.values() if bad]
     good = {index: row for index, row in sorted(rows.items()) if not row[3]}
+    if not good:
+        raise InputError(f"every evaluation utterance is bad; the first: {skipped[0]}")
     texts = [(reference(dataset.records[index]), row[2]) for index, row in good.items()]
     result = score(*zip(*texts, strict=True))
     loss = sum(row[0] for row in good.values()) / sum(row[1] for row in good.values())

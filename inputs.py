@@ -36,8 +36,8 @@ def inputs_for_llm(
         if isinstance(model.feature_extractor, WhisperFeatureExtractor):
             features = features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
         mask = audio_attention_mask
-        feature_lengths = features.new_full((len(features),), features.shape[1]) if mask is None else mask.sum(1)
-    feature_lengths = feature_lengths.long()
+        full = torch.full((len(features),), features.shape[1], device=features.device)
+        feature_lengths = full if mask is None else mask.long().sum(1)
     if input_ids is None or not (input_ids == SPEECH).any():
         before, after = [], []
         if input_ids is None:
@@ -49,14 +49,28 @@ def inputs_for_llm(
         counts = model.speech_lengths(feature_lengths).tolist()
         rows = [before + speech_ids(count, model.config.audio_boundary_tokens) + after for count in counts]
         ids, mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
-        input_ids, attention_mask = torch.cat([ids, input_ids], 1), torch.cat([mask, attention_mask], 1)
+        # padding on the left of the text goes to the left of its clip; on the right, it stays there beside its labels
+        lead = torch.cat([mask == 0, attention_mask.cumsum(1) == 0], 1)
+        order = (~lead).long().argsort(dim=1, stable=True)
+        input_ids = torch.cat([ids, input_ids], 1).gather(1, order)
+        attention_mask = torch.cat([mask, attention_mask], 1).gather(1, order)
     return {"inputs_embeds": model.embed(input_ids, features, feature_lengths), "attention_mask": attention_mask}
+
+
+def pad_to_the_left(inputs_embeds: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """The same with all padding on the left, from where generate goes on."""
+    order = attention_mask.long().argsort(dim=1, stable=True)  # (B, L)
+    embeds = inputs_embeds.gather(1, order.unsqueeze(2).expand_as(inputs_embeds))
+    return {"inputs_embeds": embeds, "attention_mask": attention_mask.gather(1, order)}
 
 
 def of_prompts(model, prompts: list[list[dict]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(input_ids, attention_mask, audio inputs) of conversations; BadUtterance for one that does not add up."""
-    if any(not turns or turns[-1]["role"] == "assistant" for turns in prompts):
-        raise ValueError("wanted prompts whose last turn is the user's")
+    for turns in prompts:
+        if not isinstance(turns, list) or not turns or not all({"role", "content"} <= set(turn) for turn in turns):
+            raise ValueError(f"{turns}: wanted a list of turns, each with role, content and perhaps audio, a list")
+        if turns[-1]["role"] == "assistant":
+            raise ValueError("wanted prompts whose last turn is the user's")
     records = [{"where": f"prompt {number}", "messages": turns} for number, turns in enumerate(prompts, 1)]
     dataset = model.make_dataset(records, max_length=model.max_length)
     batch = collate([dataset[i] for i in range(len(dataset))], with_targets=False)

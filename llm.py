@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from config import SpeechLLMConfig
-from manifest import InputError
+from manifest import BadUtterance, InputError
 from prompt import AUDIO, conversation, render_prompt, set_chat_template
 
 
@@ -17,20 +17,25 @@ def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) 
     Raises InputError if they cannot be loaded, or the prompt does not suit them.
     """
     path, revision = config.llm_model_name_or_path, config.llm_revision
-    options = {"dtype": config.dtype or "auto", "quantization_config": quantization(config.quantize)}
+    options = {"dtype": "auto", "quantization_config": quantization(config.quantize)}
     if device:
         options["device_map"] = {"": device}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        llm = AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        llm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load the LLM ({str(error).splitlines()[0]})") from None
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{path}: weights that config.json promises are missing: {missing[0]} ({len(missing)} in all)")
     # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the vocabulary matrix each time:
     # half the time of a training step with a small LLM.
     llm.get_output_embeddings().register_forward_pre_hook(lambda _, x: tuple(t.contiguous() for t in x))
     set_chat_template(tokenizer, config.chat_template)
     asked = conversation(config.prompt, config.system_prompt)
-    pieces, end_id = render_prompt(tokenizer, json.dumps(asked))
+    try:
+        pieces, end_id = render_prompt(tokenizer, json.dumps(asked))
+    except BadUtterance as error:
+        raise InputError(f"{path}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
     if len(pieces) != 2:
         raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it, once")
     # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat; only its stop tokens are kept.

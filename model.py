@@ -57,7 +57,7 @@ class SpeechLLM(PreTrainedModel):
         if config.audio_boundary_tokens:
             self.boundary = nn.Embedding(2, config.hidden_size)  # before and after a clip
             nn.init.normal_(self.boundary.weight, std=0.02)
-        self.label_smoothing, self.merged, self.kept = 0.0, False, set()
+        self.label_smoothing, self.merged, self.once_trained = 0.0, False, set()
         self.max_length = text_config.max_position_embeddings
         self.feature_extractor = self.encoder.feature_extractor
         if self.speech_lengths(len(extract(self.feature_extractor, torch.zeros(SILENCE).numpy()))) < 1:
@@ -167,5 +167,13 @@ class SpeechLLM(PreTrainedModel):
         """
         audio = {name: options.pop(name) for name in inputs.AUDIO if name in options}
         if prompts is not None:
+            if audio or input_ids is not None:
+                raise ValueError("wanted prompts, or tensors of audio and text; not both")
             input_ids, attention_mask, audio = inputs.of_prompts(self, prompts)
-        return self.llm.generate(**self.inputs_for_llm(input_ids, attention_mask, **audio), **options)
+        training = self.training
+        self.eval()  # layers that checkpoint their gradients keep no cache
+        try:
+            given = inputs.pad_to_the_left(**self.inputs_for_llm(input_ids, attention_mask, **audio))
+            return self.llm.generate(**given, **options)
+        finally:
+            self.train(training)

@@ -22,7 +22,9 @@ from score import score_files
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("audio", nargs="*", help="audio files to recognise, one transcript a line on standard output")
     add("--model_path", help="folder or Hub name: says of itself which encoder, LLM and prompt it needs")
@@ -45,6 +47,11 @@ def parse() -> argparse.Namespace:
     add("--device", help="default: this process's GPU if there is one, else cpu")
     add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
     args = parser.parse_args()
+    for name in ("num_beams", "batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: wanted 1 or more")
+    if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: no CUDA GPU here")
     if not args.model_path and not args.projector_model_path:
         parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
     if bool(args.audio) == bool(args.data_path and args.result_path):
@@ -84,6 +91,8 @@ def recognize_manifest(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     wait_for_all = dist.barrier if num_processes > 1 else lambda: None
     model = load_model(args)
+    if args.max_new_tokens >= model.max_length:
+        raise InputError(f"--max_new_tokens {args.max_new_tokens}: the LLM has {model.max_length} positions in all")
     dataset = model.make_dataset(manifest, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
     key = fingerprint(model, manifest.sha256, args.num_beams, args.max_new_tokens)
     done, foreign = read_journals(args.result_path, key)

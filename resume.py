@@ -22,7 +22,7 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
 
     trainer_state.json is written last: a folder without it was torn by a kill.
     """
-    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if is_json(path)]
+    folders = [path.parent for path in Path(output_dir).glob("checkpoint-[0-9]*/trainer_state.json") if is_json(path)]
     if not folders:
         return None
     folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
@@ -38,10 +38,11 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
 def keep_best(output_dir: str, metric: str, count: int) -> None:
     """Delete all checkpoints but the last and the `count` whose evaluation had the lowest `metric`."""
     rates = {}  # step -> rate
-    for path in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
+    for path in Path(output_dir).glob("checkpoint-[0-9]*/trainer_state.json"):
         step = int(path.parent.name.removeprefix("checkpoint-"))
         logs = [log for log in json.loads(path.read_text())["log_history"] if log["step"] == step]
-        rates[step] = next((log[f"eval_{metric}"] for log in logs if f"eval_{metric}" in log), math.inf)
+        rate = next((log[f"eval_{metric}"] for log in logs if f"eval_{metric}" in log), math.inf)
+        rates[step] = math.inf if math.isnan(rate) else rate  # NaN compares with nothing
     for step in sorted(rates, key=lambda step: (rates[step], -step))[count:]:
         if step != max(rates):
             shutil.rmtree(Path(output_dir, f"checkpoint-{step}"))

@@ -1,4 +1,4 @@
-"""Train the projector: HF Trainer on one process, under DDP or DeepSpeed, with every flag of TrainingArguments.
+"""Train what is not frozen, by default the projector: HF Trainer on one process, under DDP or DeepSpeed.
 
     torchrun --standalone --nproc_per_node=8 train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \
         --encoder_name_or_path tiny --data_path train.jsonl --output_dir run --bf16 True \
@@ -15,6 +15,7 @@ from transformers import Trainer, set_seed
 
 import zero3
 from arguments import ModelArguments, parse
+from checkpoint import load_config
 from dataset import collate
 from evaluate import evaluate
 from manifest import InputError, Manifest, run
@@ -27,7 +28,8 @@ from trainable import describe
 DECISIVE_DATA = "model_max_length max_seconds on_bad_audio projector_model_path".split()
 DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
     lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
-    gradient_accumulation_steps train_sampling_strategy label_smoothing_factor bf16 fp16 world_size""".split()
+    gradient_accumulation_steps train_sampling_strategy label_smoothing_factor bf16 fp16 world_size
+    optim_args dataloader_drop_last neftune_noise_alpha average_tokens_across_devices""".split()
 
 
 class SpeechTrainer(Trainer):
@@ -53,6 +55,14 @@ class SpeechTrainer(Trainer):
         self.skipped.update(dict.fromkeys(filter(None, inputs["bad"])))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def all_skipped(self) -> list[str]:
+        """Why utterances were skipped, on any process, since the run began."""
+        return list({reason: None for part in gather_object([list(self.skipped)]) for reason in part})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next, and says that all is there
+
     def _issue_warnings_after_load(self, load_result) -> None:
         """Frozen weights are missing from a checkpoint by design; nothing else may be."""
         missing = self.model.saved().keys() & set(load_result.missing_keys)
@@ -61,10 +71,12 @@ class SpeechTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = output_dir or self.args.output_dir
         self.model.config.training["steps"] = self.state.global_step
+        skipped = self.all_skipped()
         state = zero3.gather(self.model.saved()) if self.is_deepspeed_enabled else None
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state=state)
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+            Path(output_dir, "skipped.json").write_text(json.dumps(skipped) + "\n")
             if self.args.push_to_hub and not _internal_call:
                 self.model.push_to_hub(self.hub_model_id, state=state, token=self.args.hub_token)
 
@@ -78,6 +90,8 @@ class SpeechTrainer(Trainer):
         where = args.per_device_eval_batch_size, args.dataloader_num_workers, args.process_index, args.world_size
         metrics, texts, skipped = evaluate(self.model, self.eval_dataset, *where)
         self.skipped.update(dict.fromkeys(skipped))
+        if self.save_best_by and self.save_best_by not in metrics:
+            raise InputError(f"--save_best_by {self.save_best_by}: wanted one of {sorted(metrics)}, as evaluated here")
         self.model.config.training |= {f"evaluation {name}": round(value, 4) for name, value in metrics.items()}
         if self.is_world_process_zero():
             for spoken, written in texts[:3]:
@@ -96,11 +110,17 @@ def main() -> None:
     settings = settings_of(*groups, manifest=manifest.sha256, deepspeed=bool(args.deepspeed))
     checkpoint = find_checkpoint(args.output_dir, settings)
 
+    if checkpoint:
+        before = load_config(Path(checkpoint))
+        for name in ("encoder_revision", "llm_revision", "training"):
+            setattr(config, name, getattr(before, name))
     if args.deepspeed:
         zero3.prepare()
     model = SpeechLLM(config, device=None if args.deepspeed else args.device)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
+    if any(p.requires_grad and ".lora_" not in name for name, p in model.encoder.named_parameters()):
+        args.ddp_find_unused_parameters = True  # a chosen layer leaves norms unused, SpecAugment's vector is always
     if data.projector_model_path:
         model.load_trained(data.projector_model_path, may_lack=r"^(?!projector\.)")
     limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
@@ -109,7 +129,7 @@ def main() -> None:
     if data.eval_data_path:
         eval_dataset = model.make_dataset(Manifest(data.eval_data_path), on_bad=data.on_bad_audio, **limits)
     hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
-    config.training = {"data": data.data_path, "utterances": len(dataset), "hours": hours}
+    config.training = (config.training or {}) | {"data": data.data_path, "utterances": len(dataset), "hours": hours}
     trainer = SpeechTrainer(
         model,
         args,
@@ -119,13 +139,15 @@ def main() -> None:
         settings=settings,
         save_best_by=data.save_best_by,
     )
+    if checkpoint:
+        trainer.skipped = dict.fromkeys(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():
         print(describe(model), *[f"going on from {checkpoint}"] * bool(checkpoint), sep="\n")
     trainer.train(resume_from_checkpoint=checkpoint)
 
     for made in filter(None, (dataset, eval_dataset)):
         trainer.skipped.update(dict.fromkeys(made.bad.values()))
-    skipped = {reason: None for part in gather_object([list(trainer.skipped)]) for reason in part}
+    skipped = trainer.all_skipped()
     if sum(reason.startswith(f"{manifest.path}:") for reason in skipped) == len(manifest):
         raise InputError(f"every utterance is bad; the first: {min(skipped)}")
     trainer.save_model()

@@ -17,6 +17,8 @@ WAVLM_TARGETS = ["intermediate_dense", "output_dense"]  # its attention reads th
 def prepare(model) -> None:
     """Add LoRA and freeze parameters, as the model's config says. Raises InputError where that cannot be done."""
     config = model.config
+    if config.lora_target_modules and not config.lora_r:
+        raise InputError("--lora_target_modules without LoRA; give --lora_r too")
     if config.lora_r:
         add_lora(model.llm, config.lora_r, config.lora_target_modules or TARGETS, config)
     if config.encoder_lora_r:
@@ -30,6 +32,15 @@ def add_lora(module: nn.Module, rank: int, targets: list[str], config: SpeechLLM
     """Put LoRA (arXiv:2106.09685) into the linear layers with these names, or in ["all-linear"]."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    names = [name for name, _ in module.named_modules()]
+    for target in targets if targets not in (TARGETS, ["all-linear"]) else []:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = sorted({n.rpartition(".")[2] for n, part in module.named_modules() if type(part) is nn.Linear})
+            raise InputError(f"LoRA: no layer {target!r}; --lora_target_modules can be {layers}")
+        part = module.get_submodule(next(name for name in names if name == target or name.endswith(f".{target}")))
+        ends = [module.get_input_embeddings(), module.get_output_embeddings()] if hasattr(module, "lm_head") else []
+        if ends and part in ends and ends[0].weight is ends[1].weight:
+            raise InputError(f"LoRA: {target!r} shares its weights with the other end of the LLM; take other layers")
     targets = targets[0] if targets == ["all-linear"] else targets
     shape = {"r": rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     try:
@@ -44,7 +55,7 @@ def freeze(model: nn.Module, freeze_params: list[str], prevent_freeze_params: li
 
     Raises InputError for a pattern that matches no name.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # tied weights have two names
     for pattern in (*freeze_params, *prevent_freeze_params):
         try:
             if not any(re.search(pattern, name) for name in names):
@@ -52,9 +63,15 @@ def freeze(model: nn.Module, freeze_params: list[str], prevent_freeze_params: li
                 raise InputError(f"freeze pattern {pattern!r} matches no parameter; there are {some} ...")
         except re.error as error:
             raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
-    for name, parameter in model.named_parameters():
-        frozen = any(re.search(pattern, name) for pattern in freeze_params)
-        parameter.requires_grad_(not frozen or any(re.search(pattern, name) for pattern in prevent_freeze_params))
+    called = {}  # parameter -> its names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        called.setdefault(parameter, []).append(name)
+    for parameter, its in called.items():
+        frozen, kept = (
+            any(re.search(pattern, name) for pattern in patterns for name in its)
+            for patterns in (freeze_params, prevent_freeze_params)
+        )
+        parameter.requires_grad_((not frozen or kept) and parameter.is_floating_point())
     hold_in_fp32(model)
 
 
@@ -65,6 +82,8 @@ def hold_in_fp32(model) -> None:
     """
     for part in (model.encoder, model.llm):
         own = [p for name, p in part.named_parameters() if p.requires_grad and not re.search(LORA, name)]
+        if own and getattr(part, "is_quantized", False):
+            raise InputError("--quantize: weights of a quantised LLM cannot be trained; use --lora_r, or leave it out")
         if any(p.dtype != torch.float32 and not hasattr(p, "ds_id") for p in own):
             part.float()
     for p in model.parameters():
@@ -75,7 +94,9 @@ def hold_in_fp32(model) -> None:
 def saved(model) -> dict[str, nn.Parameter]:
     """What a checkpoint holds: all that is trained, or was, and all that comes from no other place."""
     frozen = re.compile(r"^(encoder|llm)\.(?!.*\.lora_)")
-    return {n: p for n, p in model.named_parameters() if p.requires_grad or n in model.kept or not frozen.search(n)}
+    return {
+        n: p for n, p in model.named_parameters() if p.requires_grad or n in model.once_trained or not frozen.search(n)
+    }
 
 
 def switches(part: str) -> tuple:
@@ -97,7 +118,8 @@ def freeze_llm_except_lm_head(model) -> None:
 
 
 def set_trained(model, module: nn.Module, yes: bool) -> None:
-    model.kept |= {name for name, p in model.named_parameters() if p.requires_grad}  # trained till now: still saved
+    """Freeze or unfreeze all parameters of a part of the model; what was trained till now is saved all the same."""
+    model.once_trained |= {name for name, p in model.named_parameters() if p.requires_grad}
     for parameter in module.parameters():
         parameter.requires_grad_(yes and parameter.is_floating_point())
     hold_in_fp32(model)
@@ -130,6 +152,8 @@ def set_training(model: nn.Module, mode: bool = True) -> nn.Module:
     for name, module in model.named_modules():  # parents come first
         inherited = modes.get(name.rpartition(".")[0]) or ".lora_dropout" in name
         modes[name] = module.training = mode and bool(all(trained[name]) if name in trained else inherited)
+        if isinstance(module, nn.BatchNorm1d):
+            module.training = False  # its running statistics are no parameters: no checkpoint would hold them
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = mode and (name.startswith("llm.") or any(trained[name]))
     return model

@@ -40,7 +40,7 @@ def gather(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     whole = {}
     for name, p in parameters.items():
         if p.requires_grad:
-            whole[name] = safe_get_full_fp32_param(p).cpu().view(p.ds_shape)
+            whole[name] = safe_get_full_fp32_param(p).cpu().view(getattr(p, "ds_shape", p.shape))
         else:
             with deepspeed.zero.GatheredParameters([p]):
                 whole[name] = p.detach().float().cpu()

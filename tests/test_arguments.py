@@ -63,6 +63,12 @@ def test_old_names_work_in_a_file_too(tmp_path):
     assert model.encoder_name_or_path == "tiny" and training.warmup_steps == 0.1
 
 
+def test_a_bare_no_and_a_leading_dash_mean_what_they_say(tmp_path):
+    text = "save_strategy: no\nllm_model_name_or_path: llm\ndata_path: a\noutput_dir: b\nuse_cpu: true\n"
+    model, _, training = parse([write(tmp_path, text + "system_prompt: '-be nice'\n")])
+    assert training.save_strategy == "no" and model.system_prompt == "-be nice"
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

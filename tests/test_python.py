@@ -196,3 +196,49 @@ def test_a_dataset_takes_no_model_along_to_the_processes_that_load_data(any_mode
     loader = DataLoader(dataset, batch_size=5, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     for batch, again in zip(loader, DataLoader(dataset, batch_size=5, collate_fn=collate), strict=True):
         assert batch["input_ids"].equal(again["input_ids"])
+
+
+def test_padding_of_text_on_either_side_changes_nothing(any_model):
+    audio, pad = inputs_of(any_model, noise(1.2)), torch.zeros(1, 3, dtype=torch.long)
+    ids = any_model.tokenizer("hello world", return_tensors="pt").input_ids
+    ones, ignored = torch.ones_like(ids), torch.full_like(pad, -100)
+    loss = any_model(**audio, input_ids=ids, labels=ids).loss
+    left = {"input_ids": torch.cat([pad, ids], 1), "attention_mask": torch.cat([pad, ones], 1)}
+    right = {"input_ids": torch.cat([ids, pad], 1), "attention_mask": torch.cat([ones, pad], 1)}
+    torch.testing.assert_close(any_model(**audio, **left, labels=torch.cat([ignored, ids], 1)).loss, loss)
+    torch.testing.assert_close(any_model(**audio, **right, labels=torch.cat([ids, ignored], 1)).loss, loss)
+    answer = any_model.generate(**audio, input_ids=ids, **NEW)
+    assert any_model.generate(**audio, **left, **NEW).equal(answer)
+    assert any_model.generate(**audio, **right, **NEW).equal(answer)
+
+
+def test_audio_of_half_precision_keeps_its_length(any_model):
+    audio = inputs_of(any_model, noise(2.031))
+    half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in audio.items()}
+    ids = any_model.tokenizer("hello", return_tensors="pt").input_ids
+    wanted = any_model.inputs_for_llm(ids, **audio)["inputs_embeds"].shape
+    assert any_model.inputs_for_llm(ids, **half)["inputs_embeds"].shape == wanted
+    half.pop("audio_attention_mask"), audio.pop("audio_attention_mask")
+    wanted = any_model.inputs_for_llm(ids, **audio)["inputs_embeds"].shape
+    assert any_model.inputs_for_llm(ids, **half)["inputs_embeds"].shape == wanted
+
+
+def test_answers_are_the_same_in_the_middle_of_training(any_model):
+    prompts = [[ask("<audio>", noise(0.9, 7))]]
+    wanted = any_model.generate(prompts=prompts, **NEW)
+    getattr(any_model, "activation_checkpointing_enable", any_model.gradient_checkpointing_enable)()
+    any_model.train()
+    assert any_model.generate(prompts=prompts, **NEW).equal(wanted)
+    assert any_model.training
+    any_model.eval()
+
+
+@pytest.mark.parametrize("prompts", [[[]], [ask("<audio>")], [[{"content": "<audio>"}]]])
+def test_prompts_of_another_shape_are_told_the_right_one(any_model, prompts):
+    with pytest.raises(ValueError, match="wanted a list of turns"):
+        any_model.generate(prompts=prompts, **NEW)
+
+
+def test_a_conversation_without_audio_is_told_so(any_model):
+    with pytest.raises(InputError, match="no audio in the conversation"):
+        any_model.generate(prompts=[[{"role": "user", "content": "hello"}]], **NEW)

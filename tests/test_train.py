@@ -518,6 +518,7 @@ def write_checkpoint(folder: Path, step: int, rate: float | None) -> None:
         ({2: 0.5, 4: 0.2, 6: 0.3, 10: 0.1}, 2, [4, 10]),
         ({2: 0.5, 4: 0.5, 100: 0.5}, 1, [100]),  # of equals the later
         ({2: None, 4: 0.9, 6: 0.8}, 1, [6]),
+        ({1: 0.5, 2: float("nan"), 3: 0.1, 4: float("nan"), 5: 0.9}, 1, [3, 5]),
     ],
 )
 def test_the_best_checkpoints_and_the_last_are_kept(tmp_path, rates, count, kept):
@@ -537,3 +538,25 @@ def test_a_run_keeps_its_checkpoints_with_the_lowest_evaluation_loss(world, chin
     wanted = {*sorted(rates, key=rates.get)[:2], 5}
     assert {int(path.name[11:]) for path in (world / "best_by_loss").glob("checkpoint-*")} == wanted
     assert rates[min(rates, key=rates.get)] < rates[max(rates, key=rates.get)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [("--save_only_model True", "could not go on"), ("--resume_from_checkpoint trained", "by itself")],
+)
+def test_what_would_break_going_on_is_refused(flags, told, chinese_llm, launch):
+    job = launch("train.py", f"{TRAIN_FLAGS} --data_path corpus.jsonl --output_dir never {flags}").wait()
+    assert told in job.the_error()
+
+
+def test_two_processes_train_an_encoder_of_which_a_chosen_layer_leaves_some_unused(world, chinese_llm, launch):
+    flags = "--data_path corpus.jsonl --max_steps 3 --freeze_params ^llm --encoder_layer 1 --output_dir unfrozen"
+    job = launch("train.py", f"{TRAIN_FLAGS} {flags} --per_device_train_batch_size 2", processes=2).wait()
+    assert job.status == 0, job.err
+    assert any(name.startswith("encoder.") for name in weights(world / "unfrozen"))
+
+
+def test_save_best_by_a_rate_that_is_not_counted_is_told(world, trained, launch):
+    flags = "--data_path corpus.jsonl --eval_data_path eval.jsonl --max_steps 2 --save_steps 1 --save_best_by cer"
+    job = launch("train.py", f"{TRAIN_FLAGS} {flags} --eval_strategy steps --eval_steps 1 --output_dir cer").wait()
+    assert "--save_best_by cer: wanted one of ['loss', 'wer']" in job.the_error()

@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 from conftest import TRAIN_FLAGS
-from families import LLMS
+from families import ENCODERS, LLMS
 from matrix import SMALL, decode, losses, records
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dataset import collate
 from manifest import InputError
 from model import SpeechLLM
 from trainable import describe
@@ -93,8 +94,6 @@ def test_parts_are_frozen_and_unfrozen_by_calls(world):
 
 
 def test_an_unfrozen_encoder_gets_gradients(world):
-    from dataset import collate
-
     model = build(world)
     model.unfreeze_encoder()
     model.train()(**collate(examples_of(model))).loss.backward()
@@ -136,6 +135,31 @@ def test_loras_layers_and_rank_can_be_chosen(world):
     assert sum("lora_A" in name for name in trained(everywhere)) == 2 * 7
     with pytest.raises(InputError, match=r"LoRA: .*--lora_target_modules can be \['down_proj', .*'q_proj'"):
         build(world, lora_r=3, lora_target_modules=["query"])
+
+
+def test_a_layer_that_does_not_exist_or_is_tied_is_refused(world):
+    with pytest.raises(InputError, match="LoRA: no layer 'nothere'"):
+        build(world, lora_r=2, lora_target_modules=["q_proj", "nothere"])
+    with pytest.raises(InputError, match="'lm_head' shares its weights"):
+        build(world, lora_r=2, lora_target_modules=["lm_head"])
+    with pytest.raises(InputError, match="give --lora_r too"):
+        build(world, lora_target_modules=["q_proj"])
+
+
+def test_tied_weights_answer_to_both_of_their_names(world):
+    model = build(world, prevent_freeze_params=["lm_head"])
+    assert model.llm.lm_head.weight.requires_grad and model.llm.get_input_embeddings().weight.requires_grad
+
+
+def test_running_statistics_stay_as_they_were_loaded(world, tmp_path):
+    model = SpeechLLM.from_parts(str(ENCODERS["parakeet"](tmp_path / "p")), str(world / "llm"), **SMALL)
+    model.unfreeze_encoder()
+    model.train()(**collate(examples_of(model))).loss.backward()
+    model.save_pretrained(tmp_path / "run")
+    examples = examples_of(model)
+    assert losses(SpeechLLM.from_pretrained(tmp_path / "run"), examples) == pytest.approx(
+        losses(model.eval(), examples)
+    )
 
 
 def test_loras_dropout_acts_in_training_and_no_other_does(world):
