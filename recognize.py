@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from journal import fingerprint, journals, open_journal, read_journals
 from manifest import InputError, Manifest, record_key, reference, run
-from resume import fingerprint, journals, open_journal, read_journals
 from score import score_files
 
 
@@ -47,9 +47,9 @@ def parse() -> argparse.Namespace:
     add("--device", help="default: this process's GPU if there is one, else cpu")
     add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
     args = parser.parse_args()
-    for name in ("num_beams", "batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: wanted 1 or more")
+    for name, value in search_options(args).items():
+        if value < 1:
+            parser.error(f"--{name} {value}: wanted 1 or more")
     if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: no CUDA GPU here")
     if not args.model_path and not args.projector_model_path:
@@ -73,10 +73,13 @@ def load_model(args: argparse.Namespace):
     return model
 
 
+def search_options(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in ("batch_size", "num_beams", "max_new_tokens")}
+
+
 def recognize_files(args: argparse.Namespace) -> None:
     """One transcript a line for each audio file; one that cannot be read gives an empty line and a warning."""
-    options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    print(*load_model(args).transcribe(args.audio, **options), sep="\n")
+    print(*load_model(args).transcribe(args.audio, **search_options(args)), sep="\n")
 
 
 def recognize_manifest(args: argparse.Namespace) -> None:
@@ -107,8 +110,7 @@ def recognize_manifest(args: argparse.Namespace) -> None:
 
     todo = sorted((i for i in range(len(manifest)) if i not in done), key=lambda i: -dataset.durations[i])
     mine, begin, audio_seconds = todo[rank::num_processes], time.perf_counter(), 0.0
-    options = {"batch_size": args.batch_size, "num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    batches = model.decode(dataset, mine, num_workers=args.num_workers, **options)
+    batches = model.decode(dataset, mine, num_workers=args.num_workers, **search_options(args))
     bar = tqdm(total=len(mine), unit="utt", disable=rank > 0)
     with open_journal(args.result_path, key, rank) as journal, bar:
         for batch in batches:

@@ -1,20 +1,36 @@
-"""Going on after a kill, and never with what another run has left: training checkpoints, decoding journals."""
+"""Training goes on after a kill, and never from what another run has left; which checkpoints are kept."""
 
 import json
 import math
 import shutil
-from glob import escape
-from hashlib import sha256
+from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO
 
+from arguments import ModelArguments
+from checkpoint import load_config
 from manifest import InputError
 
+# What a run that goes on must not change.
+DECISIVE_DATA = "model_max_length max_seconds on_bad_audio projector_model_path".split()
+DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
+    gradient_accumulation_steps train_sampling_strategy label_smoothing_factor bf16 fp16 world_size
+    optim_args dataloader_drop_last neftune_noise_alpha average_tokens_across_devices""".split()
 
-def settings_of(*groups: tuple[object, list[str]], **others) -> dict:
-    """What decides the course of a training run, as train_settings.json holds it: fields of objects, by name."""
-    settings = {name: getattr(group, name) for group, names in groups for name in names} | others
-    return json.loads(json.dumps(settings))
+
+def settings_of(config, data, args, manifest: str) -> dict:
+    """What decides the course of a training run, as train_settings.json holds it; `manifest` is its hash."""
+    model = [f.name for f in fields(ModelArguments)]
+    groups = ((config, model), (data, DECISIVE_DATA), (args, DECISIVE))
+    settings = {name: getattr(group, name) for group, names in groups for name in names}
+    return json.loads(json.dumps(settings | {"manifest": manifest, "deepspeed": bool(args.deepspeed)}))
+
+
+def take_over(config, checkpoint: str) -> None:
+    """Put into the config what an earlier run has found out: the commits of its parts, its evaluation."""
+    before = load_config(Path(checkpoint))
+    for name in ("encoder_revision", "llm_revision", "training"):
+        setattr(config, name, getattr(before, name))
 
 
 def find_checkpoint(output_dir: str, settings: dict) -> str | None:
@@ -56,42 +72,3 @@ def is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def fingerprint(model, *settings) -> str:
-    """Hash of all that decides a hypothesis: config, the start of every weight tensor, and the settings given."""
-    config = {name: value for name, value in model.config.to_dict().items() if name != "training"}
-    digest = sha256(json.dumps([config, settings], sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def journals(result_path: str) -> list[Path]:
-    """Files beside a result file that is not whole yet, one a process: `result.txt.partial-RANK`.
-
-    JSON lines; the first is a key of all that decides a hypothesis, the others are rows {"index", "pred", ...}.
-    """
-    return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.partial-*"))
-
-
-def read_journals(result_path: str, key: str) -> tuple[dict[int, dict], list[Path]]:
-    """Finished rows by index, and the journals with another key, which are of no use."""
-    done, foreign = {}, []
-    for path in journals(result_path):
-        lines = path.read_bytes().split(b"\n")[:-1]  # a last line without its end was torn by the kill
-        head, *rows = map(json.loads, lines or [b"null"])
-        done |= {row["index"]: row for row in rows if head == key}
-        foreign += [path] if head != key else []
-    return done, foreign
-
-
-def open_journal(result_path: str, key: str, rank: int) -> BinaryIO:
-    """This process's journal, open for writing after its last whole line."""
-    path = Path(f"{result_path}.partial-{rank}")
-    if not path.exists():
-        path.write_text(json.dumps(key) + "\n")
-    file = open(path, "r+b")  # noqa: SIM115
-    file.seek(file.read().rfind(b"\n") + 1)
-    file.truncate()
-    return file

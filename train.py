@@ -7,29 +7,20 @@
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers import Trainer, set_seed
 
 import zero3
-from arguments import ModelArguments, parse
-from checkpoint import load_config
+from arguments import parse
 from dataset import collate
 from evaluate import evaluate
 from manifest import InputError, Manifest, run
 from model import SpeechLLM
-from resume import find_checkpoint, keep_best, settings_of
+from resume import find_checkpoint, keep_best, settings_of, take_over
 from sampler import LengthSampler
 from trainable import describe
-
-# What a run that goes on must not change.
-DECISIVE_DATA = "model_max_length max_seconds on_bad_audio projector_model_path".split()
-DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
-    lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
-    gradient_accumulation_steps train_sampling_strategy label_smoothing_factor bf16 fp16 world_size
-    optim_args dataloader_drop_last neftune_noise_alpha average_tokens_across_devices""".split()
 
 
 class SpeechTrainer(Trainer):
@@ -106,14 +97,11 @@ def main() -> None:
     config, data, args = parse(sys.argv[1:])
     set_seed(args.seed)
     manifest = Manifest(data.data_path)
-    groups = (config, [f.name for f in fields(ModelArguments)]), (data, DECISIVE_DATA), (args, DECISIVE)
-    settings = settings_of(*groups, manifest=manifest.sha256, deepspeed=bool(args.deepspeed))
+    settings = settings_of(config, data, args, manifest.sha256)
     checkpoint = find_checkpoint(args.output_dir, settings)
 
     if checkpoint:
-        before = load_config(Path(checkpoint))
-        for name in ("encoder_revision", "llm_revision", "training"):
-            setattr(config, name, getattr(before, name))
+        take_over(config, checkpoint)
     if args.deepspeed:
         zero3.prepare()
     model = SpeechLLM(config, device=None if args.deepspeed else args.device)
@@ -130,15 +118,8 @@ def main() -> None:
         eval_dataset = model.make_dataset(Manifest(data.eval_data_path), on_bad=data.on_bad_audio, **limits)
     hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
     config.training = (config.training or {}) | {"data": data.data_path, "utterances": len(dataset), "hours": hours}
-    trainer = SpeechTrainer(
-        model,
-        args,
-        collate,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        settings=settings,
-        save_best_by=data.save_best_by,
-    )
+    own = {"settings": settings, "save_best_by": data.save_best_by}
+    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, **own)
     if checkpoint:
         trainer.skipped = dict.fromkeys(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():
