@@ -90,6 +90,9 @@ def check(data: DataArguments, training: TrainArguments) -> None:
     if training.resume_from_checkpoint:
         cure = "to start from other weights give --projector_model_path"
         raise InputError(f"--resume_from_checkpoint: a run goes on from its --output_dir's last by itself; {cure}")
+    names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    if any((getattr(training, name, None) or {}).get("use_reentrant") for name in names):
+        raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")
     if training.n_gpu > 1:
         cure = f"torchrun --standalone --nproc_per_node={training.n_gpu} train.py ..., or set CUDA_VISIBLE_DEVICES=0"
         raise InputError(f"one process sees {training.n_gpu} GPUs; start it with {cure}")

@@ -1,5 +1,6 @@
 """Arguments of train.py: flags, YAML files, and both."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -110,11 +111,12 @@ def test_patterns_can_be_given_as_none_at_all():
         ("--save_best_by wer --eval_data_path d --eval_strategy steps --eval_steps 30 --save_steps 100", "divide"),
         ("--save_best_by wer --eval_data_path d --eval_strategy epoch --save_steps 100", "alike"),
         ("--fsdp full_shard", "--deepspeed"),
+        ("""--gradient_checkpointing_kwargs '{"use_reentrant": true}'""", "wanted false"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_told_at_once(flags, told):
     with pytest.raises(InputError, match=told):
-        parse([*FLAGS.split(), *flags.split()])
+        parse([*FLAGS.split(), *shlex.split(flags)])
 
 
 @pytest.mark.parametrize("name", ["whisper_qwen.yaml", "wavlm_llama.yaml"])
