@@ -62,12 +62,9 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = flags_of_file(argv[0]) + argv[1:]
     argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]
-    about = "Train a speech recogniser: train.py [CONFIG.yaml] [--flag value ...]"
-    groups, usage = (
-        (ModelArguments, DataArguments, TrainArguments),
-        "train.py [CONFIG.yaml] [--flag value ...] [--help]",
-    )
-    parser = HfArgumentParser(groups, description=about, usage=usage, allow_abbrev=False)
+    usage = "train.py [CONFIG.yaml] [--flag value ...] [--help]"
+    groups = (ModelArguments, DataArguments, TrainArguments)
+    parser = HfArgumentParser(groups, description="Train a speech recogniser.", usage=usage, allow_abbrev=False)
     for action in parser._actions:
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
     try:

@@ -40,8 +40,6 @@ model = SpeechLLM.from_pretrained({arguments})
 print(model.transcribe("a.wav", num_beams=4))
 ```
 """
-
-
 PARTS = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
 
 
@@ -126,10 +124,7 @@ def save(model, folder: str | Path, include_frozen: bool = False, state: dict[st
 def write(model, folder: Path, include_frozen: bool, state: dict[str, Tensor] | None) -> None:
     config = copy.copy(model.config)
     if include_frozen:
-        model.encoder.feature_extractor.save_pretrained(folder / "encoder")
-        model.encoder.model.save_pretrained(
-            folder / "encoder", save_original_format=False, state_dict=without_lora(model.encoder.model)
-        )
+        model.encoder.save_pretrained(folder / "encoder", state_dict=without_lora(model.encoder.model))
         model.tokenizer.save_pretrained(folder / "llm")
         model.llm.save_pretrained(folder / "llm", state_dict=without_lora(model.llm))
         config.encoder_name_or_path, config.llm_model_name_or_path = "encoder", "llm"

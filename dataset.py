@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from audio import load_audio
+from encoders import WINDOW
 from manifest import SAMPLE_RATE, BadUtterance, InputError, Manifest, clips, reference, seconds_of
 from prompt import AUDIO, END, PROMPT, SPEECH, START, conversation, render_prompt
 
 IGNORE = -100  # in labels: not trained on
-WINDOW = 30 * SAMPLE_RATE  # samples; Whisper's positions end at 30 s
 SILENCE = 2 * SAMPLE_RATE  # samples that stand for a clip which cannot be read
 SHORTEST = 400  # samples, 25 ms: a frame of a spectrogram, or of a convolutional feature extractor
 

@@ -1,6 +1,7 @@
 """What is trained: LoRA, the rule that freezes parameters by name, and what follows from it."""
 
 import re
+from collections import Counter
 
 import torch
 from torch import nn
@@ -32,22 +33,22 @@ def add_lora(module: nn.Module, rank: int, targets: list[str], config: SpeechLLM
     """Put LoRA (arXiv:2106.09685) into the linear layers with these names, or in ["all-linear"]."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, _ in module.named_modules()]
+    layers = sorted({name.rpartition(".")[2] for name, part in module.named_modules() if type(part) is nn.Linear})
+    cure = f"--lora_target_modules can be {layers}"
+    everything = [p for _, p in module.named_parameters(remove_duplicate=False)]
+    tied = {p for p, count in Counter(everything).items() if count > 1}
     for target in targets if targets not in (TARGETS, ["all-linear"]) else []:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            layers = sorted({n.rpartition(".")[2] for n, part in module.named_modules() if type(part) is nn.Linear})
-            raise InputError(f"LoRA: no layer {target!r}; --lora_target_modules can be {layers}")
-        part = module.get_submodule(next(name for name in names if name == target or name.endswith(f".{target}")))
-        ends = [module.get_input_embeddings(), module.get_output_embeddings()] if hasattr(module, "lm_head") else []
-        if ends and part in ends and ends[0].weight is ends[1].weight:
-            raise InputError(f"LoRA: {target!r} shares its weights with the other end of the LLM; take other layers")
-    targets = targets[0] if targets == ["all-linear"] else targets
+        found = [part for name, part in module.named_modules() if f".{name}".endswith(f".{target}")]
+        if not found:
+            raise InputError(f"LoRA: no layer {target!r}; {cure}")
+        if any(p in tied for part in found for p in part.parameters(recurse=False)):
+            raise InputError(f"LoRA: {target!r} shares its weights with another layer; take other layers")
     shape = {"r": rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     try:
-        inject_adapter_in_model(LoraConfig(target_modules=targets, **shape), module)
+        config = LoraConfig(target_modules="all-linear" if targets == ["all-linear"] else targets, **shape)
+        inject_adapter_in_model(config, module)
     except ValueError as error:
-        layers = sorted({name.rpartition(".")[2] for name, part in module.named_modules() if type(part) is nn.Linear})
-        raise InputError(f"LoRA: {str(error).splitlines()[0]}; --lora_target_modules can be {layers}") from None
+        raise InputError(f"LoRA: {str(error).splitlines()[0]}; {cure}") from None
 
 
 def freeze(model: nn.Module, freeze_params: list[str], prevent_freeze_params: list[str]) -> None:
@@ -94,9 +95,8 @@ def hold_in_fp32(model) -> None:
 def saved(model) -> dict[str, nn.Parameter]:
     """What a checkpoint holds: all that is trained, or was, and all that comes from no other place."""
     frozen = re.compile(r"^(encoder|llm)\.(?!.*\.lora_)")
-    return {
-        n: p for n, p in model.named_parameters() if p.requires_grad or n in model.once_trained or not frozen.search(n)
-    }
+    kept = model.once_trained
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n in kept or not frozen.search(n)}
 
 
 def switches(part: str) -> tuple:
