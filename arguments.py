@@ -112,25 +112,40 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key stands twice: PyYAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key, _ in node.value if keys.count(key.value) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[-1].value!r} stands twice", problem_mark=twice[-1].start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def flags_of_file(path: str) -> list[str]:
     """A YAML file as command-line flags. Its keys may stand in sections: data, model, training."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: wanted keys and values: the names of train.py's flags")
-    known = [f.name for group in (ModelArguments, DataArguments, TrainArguments) for f in fields(group)]
-    known += [*OLD_FLAGS, *SECTIONS]
+    types = {f.name: str(f.type) for group in (ModelArguments, DataArguments, TrainArguments) for f in fields(group)}
+    known = [*types, *OLD_FLAGS, *SECTIONS]
     sections = [content.pop(name) or {} for name in SECTIONS if name in content]
     if wrong := [section for section in sections if not isinstance(section, dict)]:
         raise InputError(f"{path}: found {wrong[0]!r} for a section; wanted keys and values under {SECTIONS}")
-    flags = []
+    flags, seen = [], set()
     for key, value in [pair for part in (content, *sections) for pair in part.items()]:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+        if key in seen:
+            raise InputError(f"{path}: {key!r} stands twice, in two sections; wanted it once")
+        seen.add(key)
+        if isinstance(value, list) and "list" not in types.get(key, "").lower():
+            raise InputError(f"{path}: {key} is {value}; wanted one value")
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:

@@ -25,19 +25,27 @@ def inputs_for_llm(
 
     a batch of `collate`, whose input_ids hold placeholders for the speech; or what the model's feature_extractor
     returns, its mask as audio_attention_mask, one clip a row, which goes before input_ids, or into the model's prompt.
-    Raises ValueError where the counts of clips, rows or placeholders do not fit.
+    Raises ValueError where shapes, or the counts of clips, rows or placeholders, do not fit.
     """
     features = input_values if input_features is None else input_features
     if features is None:
         raise ValueError("wanted audio: input_values or input_features, as model.feature_extractor returns them")
     if attention_mask is None and input_ids is not None:
         attention_mask = torch.ones_like(input_ids)
+    if input_ids is not None:
+        want("input_ids", input_ids, "B", "L")
+        want("attention_mask", attention_mask, *input_ids.shape)
+    if feature_lengths is None and isinstance(model.feature_extractor, WhisperFeatureExtractor):
+        want("input_features", features, "A", *model.feature_shape, "F")
+        features = features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
+    want(model.encoder.input_name, features, "A", "F" if model.feature_shape else "S", *model.feature_shape)
     if feature_lengths is None:
-        if isinstance(model.feature_extractor, WhisperFeatureExtractor):
-            features = features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
         mask = audio_attention_mask
         full = torch.full((len(features),), features.shape[1], device=features.device)
+        if mask is not None:
+            want("audio_attention_mask", mask, *features.shape[:2])
         feature_lengths = full if mask is None else mask.long().sum(1)
+    want("feature_lengths", feature_lengths, len(features))
     if input_ids is None or not (input_ids == SPEECH).any():
         before, after = [], []
         if input_ids is None:
@@ -55,6 +63,21 @@ def inputs_for_llm(
         input_ids = torch.cat([ids, input_ids], 1).gather(1, order)
         attention_mask = torch.cat([mask, attention_mask], 1).gather(1, order)
     return {"inputs_embeds": model.embed(input_ids, features, feature_lengths), "attention_mask": attention_mask}
+
+
+def want(name: str, tensor: Tensor, *shape: int | str) -> None:
+    """Raise ValueError unless a tensor has this shape; a letter in it is any size."""
+    sizes = zip(tensor.shape, shape, strict=False)
+    if tensor.ndim != len(shape) or any(size != wanted for size, wanted in sizes if not isinstance(wanted, str)):
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, wanted ({', '.join(map(str, shape))})")
+
+
+def predictable(labels: Tensor, rows: int, length: int) -> Tensor:
+    """Labels (B, K) of the last K of L positions, without the first position's, which nothing predicts."""
+    want("labels", labels, rows, "K")
+    if labels.shape[1] > length:
+        raise ValueError(f"labels: found shape {tuple(labels.shape)} for {length} positions of audio and text together")
+    return labels[:, -(length - 1) :]
 
 
 def pad_to_the_left(inputs_embeds: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:

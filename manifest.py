@@ -4,7 +4,9 @@ records = Manifest("train.jsonl")
 records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "folder": Path(".")}
 """
 
+import atexit
 import json
+import os
 import sys
 import warnings
 from array import array
@@ -27,7 +29,12 @@ class BadUtterance(InputError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a command's `main`; wrong input becomes one line on standard error and exit status 2."""
+    """Call a command's `main`; wrong input becomes one line on standard error and exit status 2.
+
+    Of several processes, each leaves without Python's teardown, in which torch 2.13 may abort it (Python < 3.14):
+    gloo's threads, which DDP keeps alive, want the GIL to let go of the last collective's tensors.
+    """
+    status = 0
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
@@ -36,7 +43,15 @@ def run(main: Callable[[], None]) -> None:
         from tqdm.auto import tqdm  # takes a progress bar off the line first
 
         tqdm.write(f"error: {str(error).strip().rsplit('BadUtterance: ', 1)[-1]}{cure}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 class Manifest(Sequence):

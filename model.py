@@ -60,7 +60,9 @@ class SpeechLLM(PreTrainedModel):
         self.label_smoothing, self.merged, self.once_trained = 0.0, False, set()
         self.max_length = text_config.max_position_embeddings
         self.feature_extractor = self.encoder.feature_extractor
-        if self.speech_lengths(len(extract(self.feature_extractor, torch.zeros(SILENCE).numpy()))) < 1:
+        example = extract(self.feature_extractor, torch.zeros(SILENCE).numpy())
+        self.feature_shape = example.shape[1:]  # of a frame: (M,), or () where samples are taken
+        if self.speech_lengths(len(example)) < 1:
             raise InputError(f"projector_stride {config.projector_stride}: 2 s of audio give not one embedding")
         trainable.prepare(self)
         for part in set(self.children()) - {self.llm}:
@@ -136,12 +138,13 @@ class SpeechLLM(PreTrainedModel):
     ) -> CausalLMOutput:
         """Logits, and the loss if there are labels; inputs are those of `inputs_for_llm`.
 
-        Labels (B, K) are those of the last K positions, and logits (B, K, V) predict these; without labels logits
-        (B, L, V) are of all. The loss is summed over the trained tokens and divided by num_items_in_batch (all
-        trained tokens of the optimiser's step, on all devices), by this batch's own when that is None. `index` and
-        `bad` come with a batch of `collate` and are not used here.
+        Labels (B, K) are those of the last K positions, and logits (B, K, V) predict these; of K = L labels the first,
+        which nothing predicts, does not count. Without labels logits (B, L, V) are of all. The loss is summed over the
+        trained tokens and divided by num_items_in_batch (all trained tokens of the optimiser's step, on all devices),
+        by this batch's own when that is None. `index` and `bad` come with a batch of `collate` and are not used here.
         """
         given = self.inputs_for_llm(input_ids, attention_mask, **audio)
+        labels = None if labels is None else inputs.predictable(labels, *given["attention_mask"].shape)
         positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
         keep = 0 if labels is None else labels.shape[1] + 1  # each position predicts the next; 0 = all
         logits = self.llm(**given, position_ids=positions, use_cache=False, logits_to_keep=keep).logits

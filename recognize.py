@@ -122,8 +122,6 @@ def recognize_manifest(args: argparse.Namespace) -> None:
             bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
             bar.update(len(rows))
     wait_for_all()
-    if num_processes > 1:
-        dist.destroy_process_group()
     if rank == 0:
         finish(args, manifest, read_journals(args.result_path, key)[0])
 

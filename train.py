@@ -134,7 +134,6 @@ def main() -> None:
     trainer.save_model()
     if skipped and trainer.is_world_process_zero():
         print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
-    trainer.accelerator.end_training()  # a process that exits with gloo's threads alive may abort
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ def test_a_bare_no_and_a_leading_dash_mean_what_they_say(tmp_path):
         ("model: mlp", "found 'mlp' for a section"),
         ("- a", "wanted keys and values"),
         ("a: [", "malformed YAML"),
+        ("{seed: 1, bf16: true, seed: 2}", r"malformed YAML \('seed' stands twice .*line 1, column 23"),
+        ("{model: {lora_r: 8}, lora_r: 8}", "'lora_r' stands twice, in two sections"),
+        ("{seed: [1, 2]}", r"seed is \[1, 2\]; wanted one value"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_line_that_names_it(tmp_path, text, told):

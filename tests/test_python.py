@@ -172,6 +172,36 @@ def test_counts_and_inputs_that_do_not_fit_are_errors(any_model):
         any_model(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
+def test_tensors_of_another_shape_are_told_the_right_one(any_model):
+    audio = inputs_of(any_model, noise(1.0), noise(0.8))
+    mask, (name,) = audio.pop("audio_attention_mask"), audio
+    ids = any_model.tokenizer("hello world", return_tensors="pt").input_ids.repeat(2, 1)
+    length = any_model.inputs_for_llm(ids, **audio)["inputs_embeds"].shape[1]
+    for wrong, told in (
+        ({name: audio[name][0]}, f"{name}: found shape .*, wanted \\(A, "),
+        ({name: audio[name].unsqueeze(1)}, f"{name}: found shape .*, wanted \\(A, "),
+        ({"audio_attention_mask": mask[:1]}, "audio_attention_mask: found shape"),
+        ({"feature_lengths": torch.ones(3).long()}, r"feature_lengths: found shape \(3,\), wanted \(2\)|wanted \(A"),
+        ({"input_ids": ids[0]}, r"input_ids: found shape .*, wanted \(B, L\)"),
+        ({"attention_mask": torch.ones(2, 1)}, "attention_mask: found shape"),
+        ({"labels": ids[:1]}, r"labels: found shape .*, wanted \(2, K\)"),
+        ({"labels": ids.new_zeros(2, length + 1)}, f"labels: found shape .* for {length} positions"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            any_model(**{**audio, "input_ids": ids, **wrong})
+
+
+def test_labels_of_all_positions_train_all_but_the_first(any_model):
+    audio = inputs_of(any_model, noise(1.0))
+    ids = any_model.tokenizer("hello world", return_tensors="pt").input_ids
+    length = any_model.inputs_for_llm(ids, **audio)["inputs_embeds"].shape[1]
+    whole = torch.cat([torch.full((1, length - ids.shape[1]), -100), ids], 1)
+    wanted = any_model(**audio, input_ids=ids, labels=ids)
+    found = any_model(**audio, input_ids=ids, labels=whole)
+    torch.testing.assert_close(found.loss, wanted.loss)
+    assert found.logits.shape[1] == length - 1
+
+
 def test_a_plain_training_loop_learns(any_model, world):
     torch.manual_seed(0)
     dataset = any_model.make_dataset(Manifest(str(world / "corpus.jsonl")))

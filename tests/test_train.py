@@ -560,3 +560,26 @@ def test_save_best_by_a_rate_that_is_not_counted_is_told(world, trained, launch)
     flags = "--data_path corpus.jsonl --eval_data_path eval.jsonl --max_steps 2 --save_steps 1 --save_best_by cer"
     job = launch("train.py", f"{TRAIN_FLAGS} {flags} --eval_strategy steps --eval_steps 1 --output_dir cer").wait()
     assert "--save_best_by cer: wanted one of ['loss', 'wer']" in job.the_error()
+
+
+@pytest.mark.parametrize(("ending", "status"), [("pass", 0), ("raise InputError('wrong')", 2)])
+def test_a_process_of_several_leaves_without_the_teardown_in_which_gloo_may_abort_it(tmp_path, ending, status):
+    code = f"""
+import atexit, torch.distributed as dist
+from manifest import InputError, run
+
+class Teardown:
+    def __del__(self):
+        print("torn down")
+
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "good-bye")
+    {ending}
+
+kept = Teardown()
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (status, "good-bye\n"), done.stderr
+    assert ("error: wrong" in done.stderr) == (status == 2)
