@@ -1,10 +1,13 @@
 """Decoding goes on after a kill, and never with what another run has left: a journal of finished utterances."""
 
 import json
+import os
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+
+from manifest import Manifest, record_key, reference
 
 
 def fingerprint(model, *settings) -> str:
@@ -44,3 +47,28 @@ def open_journal(result_path: str, key: str, rank: int) -> BinaryIO:
     file.seek(file.read().rfind(b"\n") + 1)
     file.truncate()
     return file
+
+
+def append(journal: BinaryIO, batch: list[tuple[int, str, str | None]]) -> None:
+    """Put finished utterances (index, text, problem) on the disk, whatever happens next."""
+    rows = [{"index": index, "pred": text, "problem": problem} for index, text, problem in batch]
+    journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def finish(result_path: str, manifest: Manifest, key: str) -> list[tuple[int, str]]:
+    """Make the result file of the journals; (line, problem) where there was one.
+
+    It is in the manifest's order, and appears whole or not at all.
+    """
+    rows, _ = read_journals(result_path, key)
+    with open(f"{result_path}.whole", "w", encoding="utf-8") as file:
+        for index, record in enumerate(manifest):
+            row = {"key": record_key(record), "wav": record.get("wav"), "txt": reference(record)} | rows[index]
+            line = json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else row["pred"]
+            file.write(line + "\n")
+    os.replace(f"{result_path}.whole", result_path)
+    for path in journals(result_path):
+        path.unlink()
+    return [(index + 1, row["problem"]) for index, row in sorted(rows.items()) if row["problem"]]

@@ -5,7 +5,6 @@ python recognize.py --model_path run a.wav b.flac
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -16,8 +15,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from journal import fingerprint, journals, open_journal, read_journals
-from manifest import InputError, Manifest, record_key, reference, run
+from journal import append, fingerprint, finish, open_journal, read_journals
+from manifest import InputError, Manifest, reference, run
 from score import score_files
 
 
@@ -114,31 +113,16 @@ def recognize_manifest(args: argparse.Namespace) -> None:
     bar = tqdm(total=len(mine), unit="utt", disable=rank > 0)
     with open_journal(args.result_path, key, rank) as journal, bar:
         for batch in batches:
-            rows = [{"index": index, "pred": text, "problem": problem} for index, text, problem in batch]
-            journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            journal.flush()
-            os.fsync(journal.fileno())
-            audio_seconds += sum(dataset.durations[row["index"]] for row in rows)
+            append(journal, batch)
+            audio_seconds += sum(dataset.durations[index] for index, _, _ in batch)
             bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
-            bar.update(len(rows))
+            bar.update(len(batch))
     wait_for_all()
-    if rank == 0:
-        finish(args, manifest, read_journals(args.result_path, key)[0])
-
-
-def finish(args: argparse.Namespace, manifest: Manifest, rows: dict[int, dict]) -> None:
-    """The result file, in the manifest's order, which appears whole or not at all; then its problems and its score."""
-    with open(f"{args.result_path}.whole", "w", encoding="utf-8") as file:
-        for index, record in enumerate(manifest):
-            row = {"key": record_key(record), "wav": record.get("wav"), "txt": reference(record)} | rows[index]
-            line = json.dumps(row, ensure_ascii=False) if args.result_path.endswith(".jsonl") else row["pred"]
-            file.write(line + "\n")
-    os.replace(f"{args.result_path}.whole", args.result_path)
-    for path in journals(args.result_path):
-        path.unlink()
-    problems = [(index + 1, row["problem"]) for index, row in sorted(rows.items()) if row["problem"]]
+    if rank > 0:
+        return
+    problems = finish(args.result_path, manifest, key)
     if problems:
-        print(f"{len(problems):,} of {len(rows):,} utterances have problems, the first are:", file=sys.stderr)
+        print(f"{len(problems):,} of {len(manifest):,} utterances have problems, the first are:", file=sys.stderr)
         print(*(f"  line {number}: {problem}" for number, problem in problems[:20]), sep="\n", file=sys.stderr)
     if any(reference(record) is not None for record in manifest):
         print(score_files(args.data_path, args.result_path))
