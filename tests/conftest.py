@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shlex
@@ -9,7 +10,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,29 @@ def model(world):
     return SpeechLLM.from_parts(str(world / "whisper.pt"), str(world / "llm"), projector_hidden_size=64)
 
 
-def run_script(command: list[str], folder: str, environment: dict, out: str, err: str) -> None:
+def die_at(moment: str | int) -> None:
+    """kill -9 this process and its workers when it makes the folder `moment`, or calls os.fsync so many times."""
+    fsync, synced = os.fsync, []
+
+    def die() -> None:
+        sys.stdout.flush()
+        os.killpg(0, signal.SIGKILL)
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(descriptor)
+        if len(synced) == moment:
+            die()
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "os.mkdir" and str(args[0]).endswith(str(moment)):
+            die()
+
+    os.fsync = sync
+    sys.addaudithook(hook)
+
+
+def run_script(command: list[str], folder: str, environment: dict, out: str, err: str, moment: str | int) -> None:
     """In a new process: run one of our files as `python FILE FLAGS` would, with its output in two files."""
     os.setsid()  # a process group of its own, which one kill takes down with its data-loading workers
     for path, descriptor in ((out, 1), (err, 2)):
@@ -129,6 +151,8 @@ def run_script(command: list[str], folder: str, environment: dict, out: str, err
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = command
+    if moment:
+        die_at(moment)
     runpy.run_path(command[0], run_name="__main__")
 
 
@@ -168,14 +192,12 @@ class Job:
         for process in self.processes:
             process.join()
 
-    def kill_once(self, happened: Callable[[], bool]) -> None:
-        """kill -9 every rank as soon as something has happened."""
-        deadline = time.monotonic() + 120
-        while not happened():
-            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), self.err[-2000:]
-            time.sleep(0.001)
+    def died(self) -> "Job":
+        """Wait until a rank dies at the moment that it was told, and kill the others."""
+        multiprocessing.connection.wait([process.sentinel for process in self.processes], 120)
         self.kill()
-        assert {p.exitcode for p in self.processes} == {-signal.SIGKILL}, "it was done before the kill"
+        assert -signal.SIGKILL in {p.exitcode for p in self.processes}, self.err[-2000:]
+        return self
 
     def the_error(self) -> str:
         """The one error line that wrong input gives, with exit status 2 and no traceback."""
@@ -190,6 +212,7 @@ def launch(tmp_path_factory, world):
     """launch("train.py", "--flag value", processes=2) -> Job: real processes, forked where the imports are done.
 
     They start in the `world` folder. With more than one process, each is told its rank as torchrun would tell it.
+    `die_at` is the moment of a kill -9 (see `die_at` above).
     """
     changed = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
     before = {name: os.environ.get(name) for name in changed}
@@ -198,7 +221,7 @@ def launch(tmp_path_factory, world):
     imports = "conftest train recognize deepspeed whisper jiwer soundfile soxr transformers.models.qwen2.modeling_qwen2"
     forkserver.set_forkserver_preload(imports.split())
 
-    def start(script: str, flags: str, processes: int = 1) -> Job:
+    def start(script: str, flags: str, processes: int = 1, die_at: str | int = "") -> Job:
         logs, ranks = tmp_path_factory.mktemp("logs"), []
         command = [str(ROOT / script), *shlex.split(flags)]
         with socket.socket() as free:
@@ -209,7 +232,7 @@ def launch(tmp_path_factory, world):
             told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             told = {name: str(value) for name, value in told.items()} if processes > 1 else {}
             files = str(logs / f"out{rank}"), str(logs / f"err{rank}")
-            ranks.append(forkserver.Process(target=run_script, args=(command, str(world), told, *files)))
+            ranks.append(forkserver.Process(target=run_script, args=(command, str(world), told, *files, die_at)))
             ranks[-1].start()
         return Job(ranks, logs)
 

@@ -425,6 +425,25 @@ def test_a_name_that_leads_nowhere_is_told_in_one_line(hub, pushed, name, revisi
     assert "\n" not in str(error.value)
 
 
+def test_training_pushes_its_checkpoints_and_last_weights(hub, world, tmp_path):
+    told = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    flags = "--llm_model_name_or_path llm --encoder_name_or_path whisper.pt --data_path corpus.jsonl --use_cpu"
+    flags += " --max_steps 2 --save_steps 1 --report_to none"
+    flags += f" --output_dir {tmp_path}/run --push_to_hub --hub_model_id user/trained --hub_token {TOKEN}"
+    command = [sys.executable, str(ROOT / "train.py"), *flags.split(), "--hub_always_push", "True"]
+    job = subprocess.run(command, env=os.environ | told, cwd=world, capture_output=True, text=True, timeout=240)
+    assert job.returncode == 0, job.stderr
+    wanted = load_file(tmp_path / "run" / "model.safetensors")
+    found = SpeechLLM.from_pretrained("user/trained")
+    assert all(found.saved()[name].equal(weight) for name, weight in wanted.items())
+    assert found.config.training["steps"] == 2
+    assert (
+        'SpeechLLM.from_pretrained("user/trained")' in hub.files[hub.refs["user/trained"]["main"]]["README.md"].decode()
+    )
+    pushed = [set(hub.files[commit]) for commit in hub.refs["user/trained"].values()]
+    assert {"model.safetensors", "config.json", "README.md"} <= set.union(*pushed)
+
+
 def test_nothing_is_made_on_the_hub_for_a_model_that_cannot_be_saved(hub, world):
     model = build(world / "whisper.pt", world / "llm", lora_r=2)
     model.merge_lora()

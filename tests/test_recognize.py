@@ -114,8 +114,7 @@ def journal_rows(result: Path) -> int:
 def killed(world, trained, launch, tmp_path_factory) -> Path:
     """What kill -9 leaves of the command of `decoded`, with one clip a batch, after some clips."""
     folder = tmp_path_factory.mktemp("killed")
-    job = launch("recognize.py", f"{DECODE} --batch_size 1 --result_path {folder}/result.txt")
-    job.kill_once(lambda: journal_rows(folder / "result.txt") >= 3)
+    launch("recognize.py", f"{DECODE} --batch_size 1 --result_path {folder}/result.txt", die_at=3).died()
     assert not (folder / "result.txt").exists()
     return folder
 
@@ -157,8 +156,7 @@ def test_a_line_torn_by_the_kill_is_decoded_again(left, world, decoded, launch):
 
 def test_two_processes_killed_are_gone_on_from_by_one(world, trained, decoded, launch, tmp_path):
     result = tmp_path / "result.txt"
-    job = launch("recognize.py", f"{DECODE} --batch_size 1 --result_path {result}", processes=2)
-    job.kill_once(lambda: journal_rows(result) >= 4)
+    launch("recognize.py", f"{DECODE} --batch_size 1 --result_path {result}", processes=2, die_at=3).died()
     job = launch("recognize.py", f"{DECODE} --batch_size 5 --result_path {result}").wait()
     assert job.status == 0, job.err
     assert "going on: " in job.err

@@ -221,8 +221,7 @@ def test_lora_is_saved_beside_the_projector_and_loaded_with_it(world, adapted, m
 
 
 def test_a_run_with_lora_that_was_killed_ends_with_the_weights_of_one_that_was_not(world, adapted, launch):
-    job = launch("train.py", f"{adapted} --output_dir stopped")
-    job.kill_once((world / "stopped/checkpoint-4/trainer_state.json").exists)
+    launch("train.py", f"{adapted} --output_dir stopped", die_at="stopped/checkpoint-8").died()
     job = launch("train.py", f"{adapted} --output_dir stopped").wait()
     assert job.status == 0 and "going on from stopped/checkpoint-4" in job.out, job.err
     whole, stopped = (load_file(world / name / "model.safetensors") for name in ("adapted", "stopped"))
