@@ -27,9 +27,10 @@ def inputs_for_llm(
     returns, its mask as audio_attention_mask, one clip a row, which goes before input_ids, or into the model's prompt.
     Raises ValueError where shapes, or the counts of clips, rows or placeholders, do not fit.
     """
-    features = input_values if input_features is None else input_features
-    if features is None:
+    given = [tensor for tensor in (input_values, input_features) if tensor is not None]
+    if len(given) != 1:
         raise ValueError("wanted audio: input_values or input_features, as model.feature_extractor returns them")
+    (features,) = given
     if attention_mask is None and input_ids is not None:
         attention_mask = torch.ones_like(input_ids)
     if input_ids is not None:

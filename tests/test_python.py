@@ -170,6 +170,8 @@ def test_counts_and_inputs_that_do_not_fit_are_errors(any_model):
         any_model(**audio, input_ids=torch.tensor([[SPEECH, 5], [SPEECH, 5]]))
     with pytest.raises(ValueError, match=r"wanted audio: input_values or input_features"):
         any_model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"wanted audio: input_values or input_features"):
+        any_model(input_values=torch.ones(1, 800), input_features=torch.ones(1, 80, 80))
 
 
 def test_tensors_of_another_shape_are_told_the_right_one(any_model):
