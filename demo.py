@@ -1,10 +1,10 @@
 """The whole job on a laptop, nothing downloaded: a table of word error rates and three transcripts.
 
-    python demo.py           # about seven minutes on two cores
+    python demo.py           # about five minutes on two cores
     python demo.py --quick   # everything once in a minute or two; its error rates mean nothing
     python demo.py --projector mlp  # or --lora_r 8, --encoder wav2vec2: only the stages that differ are new
 
-espeak-ng speaks made-up sentences in 16 voices. A small Whisper encoder learns to recognise them with CTC, a small
+espeak-ng speaks made-up sentences in 32 voices. A small Whisper encoder learns to recognise them with CTC, a small
 Qwen2 learns to repeat a noisy text that stands where the speech will stand. Then both are frozen, and the real
 commands, train.py and recognize.py, train the projector between them and decode two test sets: new sentences in
 known voices, and in voices that no part has heard. No test sentence is in any training data; their words are.
