@@ -82,11 +82,6 @@ def check(data: DataArguments, training: TrainArguments) -> None:
     """Raise InputError for arguments that contradict each other."""
     if training.fsdp:
         raise InputError("--fsdp: the projector would be saved in shards; use --deepspeed ds_config_zero3.json")
-    if training.save_only_model:
-        raise InputError("--save_only_model: a killed run could not go on from such checkpoints; leave it out")
-    if training.resume_from_checkpoint:
-        cure = "to start from other weights give --projector_model_path"
-        raise InputError(f"--resume_from_checkpoint: a run goes on from its --output_dir's last by itself; {cure}")
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if any((getattr(training, name, None) or {}).get("use_reentrant") for name in names):
         raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from dataset import IGNORE, SpeechDataset, collate
 from manifest import InputError, reference
@@ -12,16 +13,15 @@ from score import score
 
 
 @torch.no_grad()
-def evaluate(
-    model: SpeechLLM, dataset: SpeechDataset, batch_size: int, num_workers: int, rank: int, num_processes: int
-) -> tuple[dict[str, float], list[tuple[str, str]], list[str]]:
-    """{"loss": per trained token, "wer" or "cer": greedy}; (reference, hypothesis) of all; why some were skipped.
+def evaluate(model: SpeechLLM, dataset: SpeechDataset, args: TrainingArguments) -> tuple[dict[str, float], list[str]]:
+    """{"loss": per trained token, "wer" or "cer": greedy}, and why utterances were skipped; shows three transcripts.
 
-    Each process takes the utterances rank, rank + num_processes ...; all get the same result. Shares are equal, as
-    ZeRO-3 wants, so the last may wrap around to the first utterances; these count once.
+    Of W processes each takes every W-th utterance; all get the same result. Shares are equal, as ZeRO-3 wants, so the
+    last may wrap around to the first utterances; these count once.
     """
-    share = -(-len(dataset) // num_processes)
-    mine = [(rank + i * num_processes) % len(dataset) for i in range(share)]
+    batch_size, num_workers = args.per_device_eval_batch_size, args.dataloader_num_workers
+    share = -(-len(dataset) // args.world_size)
+    mine = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
     rows, training = {}, model.training  # rows: index -> [loss, trained tokens, hypothesis, why it is bad]
     model.eval()
     for batch in DataLoader(dataset, batch_size, sampler=mine, collate_fn=collate, num_workers=num_workers):
@@ -41,6 +41,9 @@ def evaluate(
     if not good:
         raise InputError(f"every evaluation utterance is bad; the first: {skipped[0]}")
     texts = [(reference(dataset.records[index]), row[2]) for index, row in good.items()]
+    if args.process_index == 0:
+        for spoken, written in texts[:3]:
+            print(f"  reference  {spoken}\n  hypothesis {written}")
     result = score(*zip(*texts, strict=True))
     loss = sum(row[0] for row in good.values()) / sum(row[1] for row in good.values())
-    return {"loss": loss, result.metric: result.all.rate}, texts, skipped
+    return {"loss": loss, result.metric: result.all.rate}, skipped

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+from transformers import TrainerCallback, TrainingArguments
+
 from arguments import ModelArguments
 from checkpoint import load_config
 from manifest import InputError
@@ -33,15 +35,23 @@ def take_over(config, checkpoint: str) -> None:
         setattr(config, name, getattr(before, name))
 
 
-def find_checkpoint(output_dir: str, settings: dict) -> str | None:
-    """The last complete checkpoint of a training run; InputError if it was made with other settings.
+def find_checkpoint(output_dir: str, settings: dict, given: str | None = None) -> str | None:
+    """The checkpoint that a training run goes on from: the last complete one in its folder, else the one `given`.
 
-    trainer_state.json is written last: a folder without it was torn by a kill.
+    trainer_state.json is written last: a folder without it was torn by a kill. InputError if the checkpoint was made
+    with other settings, holds weights alone, or if going on from the one given would overwrite later ones.
     """
     folders = [path.parent for path in Path(output_dir).glob("checkpoint-[0-9]*/trainer_state.json") if is_json(path)]
-    if not folders:
+    if given and not is_json(Path(given, "trainer_state.json")):
+        raise InputError(f"--resume_from_checkpoint {given}: no complete checkpoint; leave it out to take the last")
+    if not folders and not given:
         return None
-    folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=Path(given or ""))
+    if given and Path(given).resolve() in [path.resolve() for path in folders if path != folder]:
+        raise InputError(f"{given} is not the last: {folder} would be overwritten; choose another --output_dir")
+    if not list(folder.glob("rng_state*")):
+        cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
+        raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")
     path = folder / "train_settings.json"
     before = json.loads(path.read_text()) if path.is_file() else {}  # another program's checkpoint: all contradicts
     changed = [key for key in settings | before if before.get(key) != settings.get(key)]
@@ -49,6 +59,23 @@ def find_checkpoint(output_dir: str, settings: dict) -> str | None:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in changed)
         raise InputError(f"{folder}: this run contradicts it ({changes}); restore that, or choose another --output_dir")
     return str(folder)
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the --save_total_limit checkpoints whose evaluation was best by `metric`, and the last to go on from."""
+
+    def __init__(self, metric: str, args: TrainingArguments):
+        self.metric, self.count = metric, args.save_total_limit or 1
+        args.save_total_limit = None  # Trainer keeps the newest
+
+    def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs) -> None:
+        if f"eval_{self.metric}" not in metrics:
+            names = sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+            raise InputError(f"--save_best_by {self.metric}: wanted one of {names}, as evaluated here")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if args.should_save:
+            keep_best(args.output_dir, self.metric, self.count)
 
 
 def keep_best(output_dir: str, metric: str, count: int) -> None:
@@ -69,6 +96,6 @@ def keep_best(output_dir: str, metric: str, count: int) -> None:
 def is_json(path: Path) -> bool:
     try:
         json.loads(path.read_bytes())
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return True

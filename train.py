@@ -18,7 +18,7 @@ from dataset import collate
 from evaluate import evaluate
 from manifest import InputError, Manifest, run
 from model import SpeechLLM
-from resume import find_checkpoint, keep_best, settings_of, take_over
+from resume import KeepBest, find_checkpoint, settings_of, take_over
 from sampler import LengthSampler
 from trainable import describe
 
@@ -26,11 +26,9 @@ from trainable import describe
 class SpeechTrainer(Trainer):
     """Trainer that saves the trained weights alone, evaluates loss and WER, and counts the utterances it skipped."""
 
-    def __init__(self, *args, settings: dict, save_best_by: str | None = None, **kwargs):
+    def __init__(self, *args, settings: dict, **kwargs):
         super().__init__(*args, **kwargs)
-        self.settings, self.skipped, self.save_best_by = settings, {}, save_best_by
-        self.num_best = self.args.save_total_limit or 1
-        self.args.save_total_limit = None if save_best_by else self.args.save_total_limit
+        self.settings, self.skipped = settings, {}
         self.model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
 
     def _get_train_sampler(self, dataset=None):
@@ -71,25 +69,13 @@ class SpeechTrainer(Trainer):
             if self.args.push_to_hub and not _internal_call:
                 self.model.push_to_hub(self.hub_model_id, state=state, token=self.args.hub_token)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.save_best_by and self.args.should_save:
-            keep_best(self.args.output_dir, self.save_best_by, self.num_best)
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        args = self.args
-        where = args.per_device_eval_batch_size, args.dataloader_num_workers, args.process_index, args.world_size
-        metrics, texts, skipped = evaluate(self.model, self.eval_dataset, *where)
+        metrics, skipped = evaluate(self.model, eval_dataset or self.eval_dataset, self.args)
         self.skipped.update(dict.fromkeys(skipped))
-        if self.save_best_by and self.save_best_by not in metrics:
-            raise InputError(f"--save_best_by {self.save_best_by}: wanted one of {sorted(metrics)}, as evaluated here")
         self.model.config.training |= {f"evaluation {name}": round(value, 4) for name, value in metrics.items()}
-        if self.is_world_process_zero():
-            for spoken, written in texts[:3]:
-                print(f"  reference  {spoken}\n  hypothesis {written}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -98,7 +84,7 @@ def main() -> None:
     set_seed(args.seed)
     manifest = Manifest(data.data_path)
     settings = settings_of(config, data, args, manifest.sha256)
-    checkpoint = find_checkpoint(args.output_dir, settings)
+    checkpoint = find_checkpoint(args.output_dir, settings, args.resume_from_checkpoint)
 
     if checkpoint:
         take_over(config, checkpoint)
@@ -118,8 +104,8 @@ def main() -> None:
         eval_dataset = model.make_dataset(Manifest(data.eval_data_path), on_bad=data.on_bad_audio, **limits)
     hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
     config.training = (config.training or {}) | {"data": data.data_path, "utterances": len(dataset), "hours": hours}
-    own = {"settings": settings, "save_best_by": data.save_best_by}
-    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, **own)
+    callbacks = [KeepBest(data.save_best_by, args)] if data.save_best_by else []
+    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, callbacks=callbacks, settings=settings)
     if checkpoint:
         trainer.skipped = dict.fromkeys(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():

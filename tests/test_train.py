@@ -20,8 +20,9 @@ from conftest import MODEL_FLAGS, ROOT, TRAIN_FLAGS, TRAINED_FLAGS, write_manife
 from safetensors.torch import load_file
 
 from dataset import BadUtterance, Manifest, collate
+from manifest import InputError
 from model import SpeechLLM
-from resume import keep_best
+from resume import find_checkpoint, keep_best
 
 PROJECTOR = {f"projector.{layer}.{kind}" for layer in ("conv", "linear1", "linear2") for kind in ("weight", "bias")}
 # From https://github.com/wenet-e2e/west, with tiny models on two CPU processes and without --bf16.
@@ -535,13 +536,37 @@ def test_a_run_keeps_its_checkpoints_with_the_lowest_evaluation_loss(world, chin
     assert rates[min(rates, key=rates.get)] < rates[max(rates, key=rates.get)]
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [("--save_only_model True", "could not go on"), ("--resume_from_checkpoint trained", "by itself")],
-)
-def test_what_would_break_going_on_is_refused(flags, told, chinese_llm, launch):
-    job = launch("train.py", f"{TRAIN_FLAGS} --data_path corpus.jsonl --output_dir never {flags}").wait()
-    assert told in job.the_error()
+def test_a_run_goes_on_from_a_given_checkpoint_in_a_folder_of_its_own(tmp_path, never_stopped, launch):
+    flags = f"{RESUMED} --resume_from_checkpoint never_stopped/checkpoint-6 --output_dir {tmp_path}/branch"
+    job = launch("train.py", flags).wait()
+    assert job.status == 0, job.err
+    assert "going on from never_stopped/checkpoint-6\n" in job.out
+    assert_same(weights(tmp_path / "branch"), weights(never_stopped))
+
+
+def test_a_given_checkpoint_loses_nothing_of_what_came_later(tmp_path, never_stopped):
+    settings = json.loads((never_stopped / "checkpoint-6/train_settings.json").read_text())
+    run, given = tmp_path / "run", str(never_stopped / "checkpoint-6")
+    assert find_checkpoint(str(run), settings, given) == given
+    shutil.copytree(never_stopped / "checkpoint-9", run / "checkpoint-9")  # the same command after a kill
+    assert find_checkpoint(str(run), settings, given) == f"{run}/checkpoint-9"
+    last = find_checkpoint(str(never_stopped), settings)
+    assert find_checkpoint(str(never_stopped), settings, last) == last
+    with pytest.raises(InputError, match="checkpoint-16 would be overwritten; choose another --output_dir"):
+        find_checkpoint(str(never_stopped), settings, given)
+    with pytest.raises(InputError, match="--resume_from_checkpoint True: no complete checkpoint"):
+        find_checkpoint(str(run), settings, "True")
+
+
+def test_weights_alone_are_saved_when_asked_and_nothing_goes_on_from_them(world, chinese_llm, launch):
+    flags = f"{TRAIN_FLAGS} --data_path corpus.jsonl --max_steps 2 --save_steps 1 --save_only_model"
+    job = launch("train.py", f"{flags} --output_dir light").wait()
+    assert job.status == 0, job.err
+    last = world / "light/checkpoint-2"
+    assert weights(last).keys() == PROJECTOR and not (last / "optimizer.pt").exists()
+    error = launch("train.py", f"{flags} --output_dir light").wait().the_error()
+    start = re.search("--projector_model_path [^ ]+", error)[0]
+    assert launch("train.py", f"{flags} --output_dir from_light {start}").wait().status == 0
 
 
 def test_two_processes_train_an_encoder_of_which_a_chosen_layer_leaves_some_unused(world, chinese_llm, launch):
