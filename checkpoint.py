@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from config import SpeechLLMConfig
 from manifest import InputError
+from pretrained import UNGATHERED
 
 CARD = """---
 pipeline_tag: automatic-speech-recognition
@@ -40,6 +41,7 @@ model = SpeechLLM.from_pretrained({arguments})
 print(model.transcribe("a.wav", num_beams=4))
 ```
 """
+RATES = {"evaluation wer": "WER in evaluation", "evaluation cer": "CER in evaluation"}
 PARTS = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
 
 
@@ -81,6 +83,8 @@ def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
     for part in PARTS:  # frozen parts in the folder itself
         if part in overrides:
             found[PARTS[part]] = None  # a commit of the other one
+            others = (found.get("origin") or {}).items()
+            found["origin"] = {name: value for name, value in others if name not in (part, PARTS[part])}
         elif found.get(part) and (folder / found[part]).exists():
             found[part] = str((folder / found[part]).absolute())
     return SpeechLLMConfig(**{**found, **overrides})
@@ -93,27 +97,52 @@ def pin(config: SpeechLLMConfig) -> None:
     for part, revision in PARTS.items():
         name, asked = getattr(config, part), getattr(config, revision)
         if Path(name).exists():
+            if asked:
+                raise InputError(f"{name}: revision {asked} of local files; wanted none, or a Hub name")
             setattr(config, part, str(Path(name).absolute()))
         elif isinstance(path := try_to_load_from_cache(name, "config.json", revision=asked), str):
             setattr(config, revision, Path(path).parent.name)
 
 
-def save(model, folder: str | Path, include_frozen: bool = False, state: dict[str, Tensor] | None = None) -> None:
-    """Write what was trained (`state` if it lives elsewhere), config.json and the model card.
+def origin(model) -> dict[str, str | None]:
+    """Names and commits of the frozen parts, but of those that were never anywhere else than on this machine."""
+    if model.merged:
+        return {}
+    found = vars(model.config) | (model.config.origin or {})
+    remote = [part for part in PARTS if not Path(found[part]).exists()]
+    return {name: found[name] for part in remote for name in (part, PARTS[part])}
+
+
+def save(
+    model,
+    folder: str | Path,
+    include_frozen: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    **options,
+) -> None:
+    """Write what was trained (taken from `state_dict` if it lives elsewhere), config.json and the model card.
 
     With `include_frozen` the encoder and the LLM too, with feature extractor and tokenizer: the folder then needs
-    nothing else. A save that fails leaves what was in the folder as it was.
+    nothing else. A save that fails leaves what was in the folder as it was. `options`, which Trainer and accelerate
+    pass to transformers' save_pretrained, are about the form of the files, and there is one form here.
     """
+    if options.get("push_to_hub"):
+        raise ValueError("save_pretrained(push_to_hub=True): wanted model.push_to_hub(repo_id)")
+    if not is_main_process:
+        return
     folder = Path(folder)
-    if model.merged and not include_frozen:
-        raise InputError(f"{folder}: LoRA was merged into the LLM's weights; save them with include_frozen=True")
     partial = folder / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a kill
     partial.mkdir(parents=True)
     try:
-        write(model, partial, include_frozen, state)
-        (partial / "README.md").write_text(model_card(model, folder.resolve().name), encoding="utf-8")
-        for new in [path for path in partial.rglob("*") if path.is_file()]:
+        write(model, partial, model.config, include_frozen, state_dict)
+        card = partial / "README.md"
+        card.write_text(model_card(model, folder.resolve().name), encoding="utf-8")
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for new in files:
+            shutil.copymode(card, new)  # safetensors makes files that nobody else may read
+        for new in files:
             old = folder / new.relative_to(partial)
             old.parent.mkdir(parents=True, exist_ok=True)
             new.replace(old)
@@ -121,20 +150,22 @@ def save(model, folder: str | Path, include_frozen: bool = False, state: dict[st
         shutil.rmtree(partial)
 
 
-def write(model, folder: Path, include_frozen: bool, state: dict[str, Tensor] | None) -> None:
-    config = copy.copy(model.config)
+def write(model, folder: Path, config: SpeechLLMConfig, include_frozen: bool, state: dict[str, Tensor] | None) -> None:
+    if model.merged and not include_frozen:
+        raise InputError("LoRA was merged into the LLM's weights; save them too, with include_frozen=True")
+    config = copy.copy(config)
+    config.architectures = [type(model).__name__]
     if include_frozen:
         model.encoder.save_pretrained(folder / "encoder", state_dict=without_lora(model.encoder.model))
         model.tokenizer.save_pretrained(folder / "llm")
         model.llm.save_pretrained(folder / "llm", state_dict=without_lora(model.llm))
+        config.origin = origin(model) or None
         config.encoder_name_or_path, config.llm_model_name_or_path = "encoder", "llm"
         config.encoder_revision = config.llm_revision = None
-    state = {name: p.detach() for name, p in model.saved().items()} if state is None else state
-    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    wanted = model.saved()
+    state = {name: (wanted if state is None else state)[name].detach().contiguous().cpu() for name in wanted}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    written = {"model_type": config.model_type, "architectures": [type(model).__name__]}
-    written |= {name: getattr(config, name) for name in type(config).__annotations__}  # Trainer leaves others there
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def without_lora(module: nn.Module) -> dict[str, Tensor]:
@@ -178,7 +209,7 @@ def load_trained(model, path: str | Path, may_lack: str | None = None) -> None:
 def misfits(names: list[str], shapes: dict[str, tuple], found: dict[str, tuple]) -> str:
     texts = [f"{name} is {found.get(name, 'missing')}, wanted {shapes.get(name, 'no such tensor')}" for name in names]
     if any(0 in found.get(name, ()) for name in names):
-        texts.insert(0, "tensors of size 0, which ZeRO-3 leaves where weights are saved without being gathered")
+        texts.insert(0, UNGATHERED)
     more = [f"and {len(texts) - 12} more"] if len(texts) > 12 else []
     return "; ".join(texts[:12] + more)
 
@@ -188,20 +219,27 @@ def push_to_hub(
     repo_id: str,
     include_frozen: bool = False,
     revision: str | None = None,
-    state: dict[str, Tensor] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
     commit_message: str = "Speech recognition: trained weights and config",
     token: str | None = None,
     **options,
 ) -> str:
     """Upload what `save` writes to a repository on the Hub, made if need be; the commit's address.
 
-    `revision` is a branch, made if need be; `options` are those of create_repo: private ...
+    Frozen parts that came with the model are named by where they once came from. `revision` is a branch, made if need
+    be; `options` are those of create_repo: private ...
     """
     from huggingface_hub import HfApi
 
+    config = copy.copy(model.config)
+    vars(config).update(origin(model))
+    local = [name for name in (getattr(config, part) for part in PARTS) if Path(name).exists()]
+    if local and not include_frozen:
+        cure = "push with include_frozen=True, or they must give encoder_name_or_path, llm_model_name_or_path"
+        warnings.warn(f"{repo_id}: others do not have {' and '.join(local)} of this machine; {cure}", stacklevel=2)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, include_frozen, state)
+        write(model, Path(folder), config, include_frozen, state_dict)
         repo_id = api.create_repo(repo_id, exist_ok=True, **options).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -212,20 +250,22 @@ def push_to_hub(
 
 def model_card(model, name: str, revision: str | None = None) -> str:
     """README.md: the parts and their revisions, data, error rate, how to use it."""
-    config = model.config
+    config = copy.copy(model.config)
+    vars(config).update(origin(model))
     encoder, llm = config.encoder_name_or_path, config.llm_model_name_or_path
     ranks = {"LLM": config.lora_r, "encoder": config.encoder_lora_r}
     adapted = [f"LoRA of rank {rank} on the {part}" for part, rank in ranks.items() if rank]
     adapted += ["LoRA, merged into the weights"] if model.merged else []
     own = {n.partition(".")[0] for n in model.saved() if ".lora_" not in n}
     adapted += [f"weights of the {part}" for part in ranks if part.lower() in own]
+    training = config.training or {"trained on": "not recorded"}
     rows = {
         "encoder": f"{encoder}, {config.encoder_revision or 'default revision'}",
         "projector": f"{config.projector}, {config.projector_stride} frames an embedding",
         "LLM": f"{llm}, {config.llm_revision or 'default revision'}",
         "adapted": ", ".join(adapted) or "neither encoder nor LLM",
         "prompt": json.dumps(config.prompt, ensure_ascii=False),
-        **(config.training or {"trained on": "not recorded"}),
+        **{RATES.get(key, key): f"{value:.2%}" if key in RATES else value for key, value in training.items()},
     }
     cells = {key: str(value).replace("|", "\\|") for key, value in rows.items()}
     hub_names = [part for part in (encoder, llm) if part.count("/") == 1 and not Path(part).exists()]

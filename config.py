@@ -1,5 +1,6 @@
 """What a model is made of: `config.json` of a checkpoint, keyword arguments in Python, flags on the command line."""
 
+import copy
 from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,6 +53,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     prevent_freeze_params: list[str] = option([], "regular expressions: exceptions from --freeze_params")
     encoder_size: int = 0  # D, filled in when the model is built
     hidden_size: int = 0  # H
+    origin: dict | None = None  # where frozen parts that lie beside config.json came from: names and commits
     training: dict | None = None  # data, steps and error rate of the run that made the weights
 
     def __post_init__(self, **kwargs):
@@ -75,6 +77,11 @@ class SpeechLLMConfig(PreTrainedConfig):
                 raise InputError(f"--chat_template {self.chat_template}: no such file")
             self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """What config.json holds: our own fields. transformers' say nothing of such a model, and Trainer adds more."""
+        own = {name: getattr(self, name) for name in type(self).__annotations__}
+        return copy.deepcopy({"model_type": self.model_type, "architectures": self.architectures} | own)
 
 
 def check_type(name: str, value, kind) -> None:

@@ -10,20 +10,17 @@ Shapes: A clips in the batch, S samples (16 kHz), M mel bins, F feature frames, 
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import FeatureExtractionMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import logging
 
 from manifest import SAMPLE_RATE, InputError
+from pretrained import load_pretrained, told_in_one_line
 
 FAMILIES = (  # model_type in config.json; MMS and XLS-R are wav2vec2, FastConformers are parakeet
     *("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "wav2vec2-conformer", "unispeech", "unispeech-sat"),
@@ -43,8 +40,6 @@ OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's
     ("positional_embedding", "embed_positions.weight"),
 )
 WINDOW = 30 * SAMPLE_RATE  # samples that Whisper was trained on
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError)
-LOAD_ERRORS += (ImportError, UnpicklingError, SafetensorError, StrictDataclassError)
 
 
 def load_encoder(
@@ -63,7 +58,8 @@ def load_encoder(
         raise InputError(
             f"{path}: revision {revision} of an openai-whisper model; wanted none, for they have no others"
         )
-    try:
+    wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
+    with told_in_one_line(str(path), "a speech encoder", wanted):
         if is_openai:
             config, weights = read_openai(str(path))
             feature_extractor = transformers.WhisperFeatureExtractor(config.num_mel_bins)
@@ -74,15 +70,7 @@ def load_encoder(
             config = getattr(config, "encoder_config", config)  # Parakeet's and Canary's
             feature_extractor = transformers.AutoFeatureExtractor.from_pretrained(name_or_path, revision=revision)
         set_output(config, layer)
-        options = {"dtype": dtype or "auto", "revision": revision or "main"}
-        model = load_model(None if is_openai else name_or_path, config, weights, **options)
-    except InputError:
-        raise
-    except LOAD_ERRORS as error:
-        reason = next(filter(str.strip, str(error).splitlines()), "no reason given")
-        reason = f"{type(error).__name__}: {reason}"
-        wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
-        raise InputError(f"{path}: cannot load a speech encoder ({reason}); wanted {wanted}") from None
+        model = load_model(name_or_path, config, weights, dtype=dtype or "auto", revision=revision or "main")
     if feature_extractor.sampling_rate != SAMPLE_RATE:
         raise InputError(f"{path}: an encoder of {feature_extractor.sampling_rate} Hz audio; wanted {SAMPLE_RATE} Hz")
     return SpeechEncoder(model, feature_extractor).requires_grad_(False).eval()
@@ -133,27 +121,13 @@ def set_output(config: PreTrainedConfig, layer: int | None) -> None:
             setattr(config, option, value)
 
 
-def load_model(name_or_path: str | None, config: PreTrainedConfig, weights: dict | None, **options) -> PreTrainedModel:
-    """The transformers module of a config; InputError if some of its weights are missing."""
+def load_model(name: str, config: PreTrainedConfig, weights: dict[str, Tensor] | None, **options) -> PreTrainedModel:
+    """The transformers module of a config."""
     loader = WhisperEncoder if config.model_type == "whisper" else transformers.AutoModel
-    is_inside = config.model_type in ("whisper", "parakeet_encoder")  # a model with a head or decoder, perhaps
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no long list of heads, decoders and layers that are left out
-    try:
-        model, info = loader.from_pretrained(
-            name_or_path,
-            config=config,
-            state_dict=weights,
-            key_mapping={r"^model\.encoder\.": "", r"^encoder\.": ""} if is_inside else None,
-            output_loading_info=True,
-            **options,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(set(info["missing_keys"]) - {"masked_spec_embed"}):  # that one is for SpecAugment
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{name_or_path}: weights that config.json promises are missing: {missing[0]}{more}")
-    return model
+    if config.model_type in ("whisper", "parakeet_encoder"):  # a model with a head or decoder, perhaps
+        options["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
+    may_lack = ("masked_spec_embed",)  # for SpecAugment
+    return load_pretrained(loader, name, weights, may_lack, config=config, **options)
 
 
 class SpeechEncoder(nn.Module):

@@ -12,7 +12,7 @@ from manifest import Manifest, record_key, reference
 
 def fingerprint(model, *settings) -> str:
     """Hash of all that decides a hypothesis: config, the start of every weight tensor, and the settings given."""
-    config = {name: value for name, value in model.config.to_dict().items() if name != "training"}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ("training", "origin")}
     digest = sha256(json.dumps([config, settings], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())

@@ -3,11 +3,11 @@
 import json
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from config import SpeechLLMConfig
 from manifest import BadUtterance, InputError
+from pretrained import load_pretrained, told_in_one_line
 from prompt import AUDIO, conversation, render_prompt, set_chat_template
 
 
@@ -20,16 +20,14 @@ def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) 
     options = {"dtype": "auto", "quantization_config": quantization(config.quantize)}
     if device:
         options["device_map"] = {"": device}
-    try:
+    with told_in_one_line(path, "the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        llm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot load the LLM ({str(error).splitlines()[0]})") from None
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{path}: weights that config.json promises are missing: {missing[0]} ({len(missing)} in all)")
+        llm = load_pretrained(AutoModelForCausalLM, path, revision=revision, **options)
+    if not tokenizer("hello").input_ids:
+        raise InputError(f"{path}: a tokenizer without a vocabulary; wanted its files, tokenizer.json or the like")
     # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the vocabulary matrix each time:
     # half the time of a training step with a small LLM.
-    llm.get_output_embeddings().register_forward_pre_hook(lambda _, x: tuple(t.contiguous() for t in x))
+    llm.get_output_embeddings().register_forward_pre_hook(contiguous)
     set_chat_template(tokenizer, config.chat_template)
     asked = conversation(config.prompt, config.system_prompt)
     try:
@@ -44,6 +42,10 @@ def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) 
     stop_ids = sorted({end_id, tokenizer.eos_token_id, *stop_ids} - {None})
     llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
     return tokenizer, llm
+
+
+def contiguous(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def quantization(kind: str | None) -> BitsAndBytesConfig | None:

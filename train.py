@@ -63,11 +63,11 @@ class SpeechTrainer(Trainer):
         skipped = self.all_skipped()
         state = zero3.gather(self.model.saved()) if self.is_deepspeed_enabled else None
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state=state)
+            self.model.save_pretrained(output_dir, state_dict=state)
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
             Path(output_dir, "skipped.json").write_text(json.dumps(skipped) + "\n")
             if self.args.push_to_hub and not _internal_call:
-                self.model.push_to_hub(self.hub_model_id, state=state, token=self.args.hub_token)
+                self.model.push_to_hub(self.hub_model_id, state_dict=state, token=self.args.hub_token)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics, skipped = evaluate(self.model, eval_dataset or self.eval_dataset, self.args)

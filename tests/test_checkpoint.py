@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,18 @@ from fake_hub import FakeHub
 from families import ENCODERS, LLMS
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from safetensors.torch import load_file, save_file
-from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Trainer,
+    TrainingArguments,
+)
 
+from checkpoint import load_config
 from config import SpeechLLMConfig
+from dataset import collate
 from manifest import InputError
 from model import SpeechLLM
 
@@ -94,6 +104,14 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("include_frozen", [False, True])
+def test_others_may_read_what_the_umask_lets_them(model, tmp_path, include_frozen):
+    model.save_pretrained(tmp_path / "run", include_frozen=include_frozen)
+    (tmp_path / "usual").touch()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "usual").stat().st_mode}
+
+
+@pytest.mark.parametrize("include_frozen", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_comes_back_to_the_bit(world, tmp_path, variant, include_frozen):
     model = build(*parts(tmp_path), **VARIANTS[variant])
@@ -156,7 +174,7 @@ def test_merged_lora_is_saved_with_the_weights_that_it_went_into_or_not_at_all(w
     model.save_pretrained(tmp_path / "run")
     before = contents(tmp_path / "run")
     model.merge_lora()
-    with pytest.raises(InputError, match=r"run: LoRA was merged .*include_frozen=True$"):
+    with pytest.raises(InputError, match=r"^LoRA was merged .*include_frozen=True$"):
         model.save_pretrained(tmp_path / "run")
     assert contents(tmp_path / "run") == before
     model.save_pretrained(tmp_path / "run", include_frozen=True)
@@ -452,6 +470,40 @@ def test_nothing_is_made_on_the_hub_for_a_model_that_cannot_be_saved(hub, world)
     assert "user/merged" not in hub.refs
 
 
+def test_a_model_that_came_whole_is_pushed_with_the_names_that_its_parts_had(hub, world, tmp_path):
+    encoder, llm = parts(tmp_path, "wav2vec2_base")
+    commits = {name: upload(folder, f"user/{name}") for name, folder in (("enc", encoder), ("llm", llm))}
+    build("user/enc", "user/llm").save_pretrained(tmp_path / "whole", include_frozen=True)
+    model = SpeechLLM.from_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "copy")  # works where the parts are: on this machine, offline
+    assert load_config(tmp_path / "copy").llm_model_name_or_path == str(tmp_path / "whole/llm")
+    with warnings.catch_warnings(action="error"):
+        model.push_to_hub("user/again", token=TOKEN)
+    shutil.rmtree(tmp_path)
+    again = SpeechLLM.from_pretrained("user/again")
+    assert (again.config.encoder_name_or_path, again.config.encoder_revision) == ("user/enc", commits["enc"])
+    assert_same(again, model, world)
+    card = hub.files[hub.refs["user/again"]["main"]]["README.md"].decode()
+    assert front_matter(card)["base_model"] == ["user/enc", "user/llm"]
+    other = SpeechLLM.from_pretrained("user/again", llm_model_name_or_path=str(world / "llm"))
+    with pytest.warns(UserWarning, match=f"user/third: others do not have {world / 'llm'} of this machine; push with"):
+        other.push_to_hub("user/third", token=TOKEN)
+
+
+def test_a_revision_of_a_local_folder_is_refused(world):
+    with pytest.raises(InputError, match="llm: revision v1 of local files"):
+        build(world / "whisper.pt", world / "llm", llm_revision="v1")
+
+
+def test_a_plain_trainer_saves_and_loads_it(world, tmp_path):
+    model = build(world / "whisper.pt", world / "llm")
+    records = [{"wav": str(world / f"clip{i}.wav"), "txt": "hello"} for i in range(4)]
+    options = {"save_steps": 2, "max_steps": 2, "use_cpu": True, "report_to": "none", "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, disable_tqdm=True, **options)
+    Trainer(model, args, data_collator=collate, train_dataset=model.make_dataset(records)).train()
+    assert_same(SpeechLLM.from_pretrained(tmp_path / "checkpoint-2"), model, world)
+
+
 # The model card
 
 
@@ -469,7 +521,7 @@ def test_the_card_tells_parts_data_error_rate_and_how_to_use_the_model(world, tm
         "| adapted | LoRA of rank 4 on the LLM, weights of the encoder |",
         r'| prompt | "<audio> a \| b" |',
         "| data | train.jsonl |",
-        "| evaluation wer | 0.0213 |",
+        "| WER in evaluation | 2.13% |",
     ):
         assert row in card.text.splitlines()
     (tmp_path / "a.wav").symlink_to(world / "clip1.wav")

@@ -381,6 +381,12 @@ def robbed(path: Path) -> None:
     save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
+def cropped(path: Path, count: int) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights |= {name: w[:count].clone() for name, w in weights.items() if "layers.1." in name and w.ndim}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize("name", ["whisper_hf", "wav2vec2_base", "w2v_bert", "canary"])
 @pytest.mark.parametrize(
     ("spoil", "reason"),
@@ -393,6 +399,8 @@ def robbed(path: Path) -> None:
         (partial(edited, file="config.json", model_type="lstm"), "model type `lstm`"),
         (partial(edited, file="preprocessor_config.json", sampling_rate=8000), "8000 Hz audio; wanted 16000 Hz"),
         (robbed, r"weights .* are missing: \S*layers\.1\.\S* and \d+ more"),
+        (partial(cropped, count=1), r"layers\.1\.\S* is \(1,.*\), wanted \(\d\d.*\) by its config.json"),
+        (partial(cropped, count=0), r"layers\.1\.\S* is \(0,.*tensors of size 0"),
     ],
 )  # fmt: skip
 def test_a_spoilt_folder_is_refused_in_one_line(path_of, tmp_path, name, spoil, reason):
@@ -401,6 +409,13 @@ def test_a_spoilt_folder_is_refused_in_one_line(path_of, tmp_path, name, spoil, 
     with pytest.raises(InputError, match=f"^{folder}: .*{reason}") as error:
         load_encoder(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_architecture_that_find_no_place_are_told(path_of, tmp_path):
+    folder = shutil.copytree(path_of("hubert_large"), tmp_path / "folder")
+    shutil.copy(path_of("wavlm_large") / "model.safetensors", folder)
+    with pytest.warns(UserWarning, match=r"HubertModel has no place for encoder\.layers\.0\.attention\.gru_rel"):
+        load_encoder(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -528,6 +528,24 @@ def test_an_llm_that_cannot_be_loaded_is_named(world, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_an_llm_whose_weights_or_tokenizer_do_not_fit_is_told(world, tmp_path):
+    folder = shutil.copytree(world / "llm", tmp_path / "llm")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for shape, told in ((7, r"is \(7, 48\), wanted \(96, 48\)"), (0, r"is \(0, 48\), wanted .* size 0, which ZeRO-3")):
+        save_file(weights | {name: weights[name][:shape].clone()}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=f"^{folder}: {name} {told}"):
+            build(world, folder)
+    bias = {"model.layers.0.mlp.up_proj.bias": torch.zeros(96)}
+    save_file(weights | bias, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="Qwen2ForCausalLM has no place for model.layers.0.mlp.up_proj.bias: left out"):
+        build(world, folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=f"^{folder}: .*tokenizer"):
+        build(world, folder)
+
+
 # Decoding
 
 
