@@ -1,10 +1,13 @@
 """Samples of audio files: any rate, any number of channels -> 16 kHz mono."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 
 from manifest import SAMPLE_RATE, BadUtterance
+
+UNKNOWN_SIZE = 0x7FFF0000  # bytes of a wav from here on mean that its writer could not go back and fill them in
 
 
 def load_audio(audio: str | Path | np.ndarray, start: float = 0, end: float | None = None) -> np.ndarray:
@@ -25,6 +28,12 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0, end: float | No
                     raise BadUtterance(f"{audio}: segment {start} to {end} s of {file.frames / rate:.2f} s")
                 file.seek(first)
                 samples = file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)
+                chunk = re.search(
+                    r"data : (\d+) \(should be (\d+)\)", file.extra_info
+                )  # what libsndfile finds in a wav
+                declared, found = map(int, chunk.groups()) if chunk and end is None else (0, 0)
+            if found < declared < UNKNOWN_SIZE or len(samples) < 0.9 * (min(last, file.frames) - first):
+                raise BadUtterance(f"{audio}: cut off after {len(samples) / rate:.2f} s; its header promises more")
         except (OSError, soundfile.SoundFileError) as error:
             found = f"unreadable ({error})" if Path(audio).is_file() else "no such file"
             raise BadUtterance(f"{audio}: {found}; wanted a wav, flac, ogg or mp3 file") from None

@@ -9,7 +9,7 @@ from typing import get_args, get_origin
 
 from transformers import PreTrainedConfig
 
-from manifest import InputError
+from manifest import AUDIO, InputError
 from prompt import PROMPT
 
 FROZEN = (r"^encoder\.", r"^llm\.")  # names of parameters that are not trained, unless asked for
@@ -67,12 +67,14 @@ class SpeechLLMConfig(PreTrainedConfig):
             hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {sorted(known)}"
             raise InputError(f"config: unknown field {unknown[0]!r}{hint}")
         for name in own:
+            if isinstance(getattr(self, name), Path):
+                setattr(self, name, str(getattr(self, name)))
             check_type(name, getattr(self, name), type(self).__annotations__[name])
         ranges = {"encoder_dropout": (0, 1), "lora_dropout": (0, 1), "lora_r": (0, 1e9), "encoder_lora_r": (0, 1e9)}
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) < most:
                 raise InputError(f"config: {name} is {getattr(self, name)}; wanted {least} or more, below {most:g}")
-        if self.chat_template and self.chat_template.endswith(".jinja"):
+        if self.chat_template and "{" not in self.chat_template and AUDIO not in self.chat_template:  # a file
             if not Path(self.chat_template).is_file():
                 raise InputError(f"--chat_template {self.chat_template}: no such file")
             self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audio import load_audio
 from encoders import WINDOW
-from manifest import SAMPLE_RATE, BadUtterance, InputError, Manifest, clips, reference, seconds_of
-from prompt import AUDIO, END, PROMPT, SPEECH, START, conversation, render_prompt
+from manifest import AUDIO, SAMPLE_RATE, BadUtterance, InputError, Manifest, clips, reference, seconds_of
+from prompt import END, PROMPT, SPEECH, START, conversation, render_prompt
 
 IGNORE = -100  # in labels: not trained on
 SILENCE = 2 * SAMPLE_RATE  # samples that stand for a clip which cannot be read
@@ -43,6 +43,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     max_length: int | None = None  # LLM positions of prompt, speech and transcript together
     max_seconds: float | None = None
     on_bad: str = "error"
+    with_targets: bool = True  # transcripts, to train on or to evaluate; decoding needs none
 
     def __post_init__(self):
         count = len(self.records)
@@ -71,6 +72,12 @@ class SpeechDataset(torch.utils.data.Dataset):
         if self.max_seconds and seconds > self.max_seconds + 0.01:
             raise BadUtterance(f"{seconds:.2f} s of audio, over --max_seconds {self.max_seconds:g}")
 
+    def check_length(self, example: dict) -> None:
+        prompt, target = len(example["prompt_ids"]), len(example["target_ids"])
+        if self.max_length is not None and prompt + target > self.max_length:
+            parts = f"{prompt} positions of prompt and speech and {target} of transcript"
+            raise BadUtterance(f"{parts} do not fit in {self.max_length} (--model_max_length, or the LLM's context)")
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -78,7 +85,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         index = int(self.indices[position])
         record = self.records[index]
         try:
-            return {"index": index, "bad": None, **self.build(record)}
+            example = self.build(record)
+            self.check_length(example)
+            return {"index": index, "bad": None, **example}
         except BadUtterance as error:
             reason = f"{record.get('where', f'record {index}')}: {error}"
             if self.on_bad == "error":
@@ -110,11 +119,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         for count, piece in zip(counts, pieces[1:], strict=True):
             prompt_ids += speech_ids(count, self.boundary_tokens) + piece
         target_ids = []
-        if transcript is not None:
+        if transcript is not None and self.with_targets:
             target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
-        if self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
-            parts = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript"
-            raise BadUtterance(f"{parts} do not fit in {self.max_length} (--model_max_length, or the LLM's context)")
         return {"prompt_ids": prompt_ids, "target_ids": target_ids, "features": [w for clip in features for w in clip]}
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:

@@ -59,7 +59,10 @@ def transcribe(model, audio, **options) -> str | list[str]:
     many = isinstance(audio, (list, tuple))
     records = [{"where": f"audio {number}", "wav": a} for number, a in enumerate(audio if many else [audio], 1)]
     room = model.max_length - options.get("max_new_tokens", 200)
-    rows = sorted(chain(*decode(model, model.make_dataset(records, max_length=room, on_bad="keep"), **options)))
+    if room < 1:
+        raise ValueError(f"max_new_tokens {options['max_new_tokens']}: the LLM has {model.max_length} positions in all")
+    dataset = model.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
+    rows = sorted(chain(*decode(model, dataset, **options)))
     for index, _, problem in rows:
         if problem:
             warnings.warn(f"audio {index + 1}: {problem.removeprefix(f'audio {index + 1}: ')}", stacklevel=2)

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from dataset import collate, pad_left, speech_ids
+from manifest import AUDIO, BadUtterance, uneven_turn
 from prompt import SPEECH, conversation, render_prompt
 
-AUDIO = ("input_values", "input_features", "feature_lengths", "audio_attention_mask")
+AUDIO_INPUTS = ("input_values", "input_features", "feature_lengths", "audio_attention_mask")
 
 
 def inputs_for_llm(
@@ -45,6 +46,10 @@ def inputs_for_llm(
         full = torch.full((len(features),), features.shape[1], device=features.device)
         if mask is not None:
             want("audio_attention_mask", mask, *features.shape[:2])
+            if (mask.long().diff(dim=1) > 0).any():
+                raise ValueError(
+                    "audio_attention_mask: found padding before audio; wanted it behind, padding_side=right"
+                )
         feature_lengths = full if mask is None else mask.long().sum(1)
     want("feature_lengths", feature_lengths, len(features))
     if input_ids is None or not (input_ids == SPEECH).any():
@@ -56,6 +61,8 @@ def inputs_for_llm(
         if len(input_ids) != len(features):
             raise ValueError(f"{len(input_ids)} rows of input_ids for {len(features)} clips")
         counts = model.speech_lengths(feature_lengths).tolist()
+        if 0 in counts:
+            raise ValueError(f"clip {counts.index(0) + 1} is too short for a single speech embedding")
         rows = [before + speech_ids(count, model.config.audio_boundary_tokens) + after for count in counts]
         ids, mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
         # padding on the left of the text goes to the left of its clip; on the right, it stays there beside its labels
@@ -88,14 +95,27 @@ def pad_to_the_left(inputs_embeds: Tensor, attention_mask: Tensor) -> dict[str, 
     return {"inputs_embeds": embeds, "attention_mask": attention_mask.gather(1, order)}
 
 
+def as_list(audio) -> list:
+    """The clips of a turn; one alone, a path or samples (S,), may stand without its list."""
+    return list(audio) if isinstance(audio, (list, tuple)) else [audio]
+
+
 def of_prompts(model, prompts: list[list[dict]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(input_ids, attention_mask, audio inputs) of conversations; BadUtterance for one that does not add up."""
-    for turns in prompts:
+    if not prompts:
+        raise ValueError("wanted prompts, found none")
+    records = []
+    for number, turns in enumerate(prompts, 1):
         if not isinstance(turns, list) or not turns or not all({"role", "content"} <= set(turn) for turn in turns):
             raise ValueError(f"{turns}: wanted a list of turns, each with role, content and perhaps audio, a list")
+        turns = [turn | {"audio": as_list(turn.get("audio", []))} for turn in turns]
+        if wrong := [turn["content"] for turn in turns if not isinstance(turn["content"], str)]:
+            raise ValueError(f"prompt {number}: content {wrong[0]}; wanted a text with {AUDIO} where audio goes")
         if turns[-1]["role"] == "assistant":
             raise ValueError("wanted prompts whose last turn is the user's")
-    records = [{"where": f"prompt {number}", "messages": turns} for number, turns in enumerate(prompts, 1)]
+        if uneven := uneven_turn(turns):
+            raise BadUtterance(f"prompt {number}: {uneven}")
+        records.append({"where": f"prompt {number}", "messages": turns})
     dataset = model.make_dataset(records, max_length=model.max_length)
     batch = collate([dataset[i] for i in range(len(dataset))], with_targets=False)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in ("index", "bad", "labels")}

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from config import SpeechLLMConfig
-from manifest import BadUtterance, InputError
+from manifest import AUDIO, BadUtterance, InputError
 from pretrained import load_pretrained, told_in_one_line
-from prompt import AUDIO, conversation, render_prompt, set_chat_template
+from prompt import conversation, render_prompt, set_chat_template
 
 
 def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) -> tuple:
@@ -35,7 +35,8 @@ def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) 
     except BadUtterance as error:
         raise InputError(f"{path}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
     if len(pieces) != 2:
-        raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it, once")
+        template = " or in --chat_template" if config.chat_template else ""
+        raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it{template}, once")
     # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat; only its stop tokens are kept.
     stop_ids = llm.generation_config.eos_token_id
     stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 SAMPLE_RATE = 16000  # of audio that is given as an array
-KINDS = {"wav": str, "txt": str, "prompt": str, "messages": list, "start": float, "end": float, "duration": float}
+AUDIO = "<audio>"  # in a prompt: the speech goes here
+KINDS = {"wav": str, "txt": str, "prompt": str, "messages": list, "key": (str, int, float)}
 
 
 class InputError(ValueError):
@@ -92,30 +93,46 @@ def parse_line(line: bytes) -> dict:
 
 def check_line(line: bytes, where: str, needs_text: bool) -> float:
     """Seconds of audio that a manifest line states, NaN if none; InputError if the line is no record."""
+    if not line.strip():
+        raise InputError(f"{where}: a blank line; wanted one JSON object a line")
     try:
         record = parse_line(line)
+        if rb"\u" in line:  # half a character, "\ud800", is valid JSON
+            json.dumps(record, ensure_ascii=False).encode()
     except AttributeError:
         raise InputError(f"{where}: found {line[:20]!r}; wanted a JSON object with 'wav' and 'txt'") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: malformed JSON ({error}); wanted one object a line") from None
     for key, kind in KINDS.items():
-        if not isinstance(record.get(key, kind()), (kind, int) if kind is float else kind):
-            raise InputError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}; wanted a {kind.__name__}")
+        if key in record and not isinstance(record[key], kind):
+            wanted = "text" if key == "key" else f"a {kind.__name__}"
+            raise InputError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}; wanted {wanted}")
+    for key in ("start", "end", "duration"):
+        value = record.get(key, 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN
+            raise InputError(f"{where}: {key!r} is {json.dumps(value)[:40]}; wanted seconds, 0 or more")
     for turn in record.get("messages", []):
         texts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
         audio = turn.get("audio", []) if isinstance(turn, dict) else []
         if not isinstance(audio, list) or not all(isinstance(text, str) for text in texts + audio):
             raise InputError(f"{where}: {turn} in 'messages'; wanted texts in 'role', 'content' and a list in 'audio'")
-    if record.get("end", np.inf) <= record.get("start", 0) or record.get("start", 0) < 0:
-        raise InputError(
-            f"{where}: start {record.get('start', 0)} and end {record.get('end')}; wanted 0 <= start < end"
-        )
+    if uneven := uneven_turn(record.get("messages", [])):
+        raise InputError(f"{where}: {uneven}")
+    if record.get("end", np.inf) <= record.get("start", 0):
+        raise InputError(f"{where}: start {record.get('start', 0)} and end {record['end']}; wanted start < end")
     needed = [] if "messages" in record else ["wav", "txt"] if needs_text else ["wav"]
     if missing := [key for key in needed if key not in record]:
         raise InputError(f"{where}: missing {missing}; every line needs {' and '.join(map(repr, needed))}")
     if needs_text and reference(record) is None:
         raise InputError(f"{where}: the last of 'messages' is not the assistant's; nothing would be trained on")
     return record["end"] - record.get("start", 0) if "end" in record else record.get("duration", np.nan)
+
+
+def uneven_turn(turns: list[dict]) -> str | None:
+    """What is wrong if a turn has more or fewer <audio> than clips. Where no turn has any, the template places them."""
+    counts = [(turn["content"].count(AUDIO), len(turn.get("audio", []))) for turn in turns]
+    uneven = [pair for pair in counts if pair[0] != pair[1]] if any(places for places, _ in counts) else []
+    return f"{uneven[0][0]} {AUDIO} in a turn with {uneven[0][1]} audio clips" if uneven else None
 
 
 def reference(record: dict) -> str | None:

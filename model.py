@@ -91,8 +91,11 @@ class SpeechLLM(PreTrainedModel):
     train, saved, merge_lora = trainable.set_training, trainable.saved, trainable.merge_lora
     freeze_encoder, unfreeze_encoder = trainable.switches("encoder")
     freeze_llm, unfreeze_llm = trainable.switches("llm")
-    freeze_projector, unfreeze_projector = trainable.switches("projector")
+    freeze_projector, unfreeze_projector = trainable.switches("projector", "boundary")
     freeze_llm_except_lm_head = trainable.freeze_llm_except_lm_head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
 
     def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -118,7 +121,7 @@ class SpeechLLM(PreTrainedModel):
         lengths = self.encoder.output_lengths(feature_lengths)
         speech = self.projector(F.dropout(frames, self.config.encoder_dropout, self.training), lengths)  # (A, N, H)
         speech = speech[valid(self.projector.output_lengths(lengths), speech.shape[1])]
-        embeds, places = self.llm.get_input_embeddings()(input_ids.clamp(min=0)), input_ids == SPEECH
+        embeds, places = self.get_input_embeddings()(input_ids.clamp(min=0)), input_ids == SPEECH
         if places.sum() != len(speech):
             raise ValueError(f"{places.sum()} speech positions in the prompts, {len(speech)} speech embeddings")
         if self.config.audio_boundary_tokens:
@@ -168,7 +171,7 @@ class SpeechLLM(PreTrainedModel):
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
         `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
-        audio = {name: options.pop(name) for name in inputs.AUDIO if name in options}
+        audio = {name: options.pop(name) for name in inputs.AUDIO_INPUTS if name in options}
         if prompts is not None:
             if audio or input_ids is not None:
                 raise ValueError("wanted prompts, or tensors of audio and text; not both")

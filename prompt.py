@@ -6,9 +6,8 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 
-from manifest import BadUtterance, InputError
+from manifest import AUDIO, BadUtterance, InputError
 
-AUDIO = "<audio>"  # in a prompt: the speech goes here
 PROMPT = f"{AUDIO}\nTranscribe the speech"
 SPEECH, START, END = -1, -2, -3  # in input_ids: a speech embedding, a clip's boundary vectors; no vocabulary has them
 PLAIN_TEMPLATE = (
@@ -30,16 +29,19 @@ def conversation(prompt: str, system_prompt: str | None = None) -> list[dict]:
     return [*system, {"role": "user", "content": prompt}]
 
 
-@lru_cache(maxsize=64)
 def render_prompt(tokenizer, conversation: str) -> tuple[list[list[int]], int]:
     """Token ids of the pieces of a conversation (JSON) around each <audio>, up to the answer; and its end token's id.
 
     The chat template is rendered as text, split at <audio> and tokenised piece by piece, so the vocabulary needs no
     new token. The end token is what the template puts after an answer, else the tokenizer's eos.
     """
+    return rendered(tokenizer, tokenizer.chat_template, conversation)
 
+
+@lru_cache(maxsize=64)
+def rendered(tokenizer, chat_template: str, conversation: str) -> tuple[list[list[int]], int]:
     def render(messages: list[dict], **options) -> str:  # thinking models are told not to think, LLaMA 3 a fixed date
-        options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
+        options |= {"chat_template": chat_template, "enable_thinking": False, "date_string": "26 Jul 2024"}
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:  # Mistral and Gemma have no system prompt, for one

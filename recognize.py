@@ -95,7 +95,8 @@ def recognize_manifest(args: argparse.Namespace) -> None:
     model = load_model(args)
     if args.max_new_tokens >= model.max_length:
         raise InputError(f"--max_new_tokens {args.max_new_tokens}: the LLM has {model.max_length} positions in all")
-    dataset = model.make_dataset(manifest, on_bad="keep", max_length=model.max_length - args.max_new_tokens)
+    room = model.max_length - args.max_new_tokens
+    dataset = model.make_dataset(manifest, on_bad="keep", with_targets=False, max_length=room)
     key = fingerprint(model, manifest.sha256, args.num_beams, args.max_new_tokens)
     done, foreign = read_journals(args.result_path, key)
     wait_for_all()  # all have read before anyone writes
@@ -122,8 +123,8 @@ def recognize_manifest(args: argparse.Namespace) -> None:
         return
     problems = finish(args.result_path, manifest, key)
     if problems:
-        print(f"{len(problems):,} of {len(manifest):,} utterances have problems, the first are:", file=sys.stderr)
-        print(*(f"  line {number}: {problem}" for number, problem in problems[:20]), sep="\n", file=sys.stderr)
+        print(f"{len(problems):,} of {len(manifest):,} utterances have problems:", file=sys.stderr)
+        print(*(f"  line {number}: {problem}" for number, problem in problems), sep="\n", file=sys.stderr)
     if any(reference(record) is not None for record in manifest):
         print(score_files(args.data_path, args.result_path))
 

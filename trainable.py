@@ -99,14 +99,17 @@ def saved(model) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad or n in kept or not frozen.search(n)}
 
 
-def switches(part: str) -> tuple:
-    """The methods that freeze and unfreeze a part of the model, all of it."""
+def switches(*names: str) -> tuple:
+    """The methods that freeze and unfreeze parts of the model, all of them."""
+
+    def parts(model) -> nn.ModuleList:
+        return nn.ModuleList([getattr(model, name) for name in names if hasattr(model, name)])
 
     def freeze(model) -> None:
-        set_trained(model, getattr(model, part), False)
+        set_trained(model, parts(model), False)
 
     def unfreeze(model) -> None:
-        set_trained(model, getattr(model, part), True)
+        set_trained(model, parts(model), True)
 
     return freeze, unfreeze
 
@@ -148,12 +151,14 @@ def set_training(model: nn.Module, mode: bool = True) -> nn.Module:
     for name, parameter in model.named_parameters():
         while name := name.rpartition(".")[0]:
             trained.setdefault(name, []).append(parameter.requires_grad)
-    modes = {}
+    modes, embeddings = {}, model.get_input_embeddings()
     for name, module in model.named_modules():  # parents come first
         inherited = modes.get(name.rpartition(".")[0]) or ".lora_dropout" in name
         modes[name] = module.training = mode and bool(all(trained[name]) if name in trained else inherited)
         if isinstance(module, nn.BatchNorm1d):
             module.training = False  # its running statistics are no parameters: no checkpoint would hold them
+        if module is embeddings:
+            module.training = mode  # where NEFTune adds its noise
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = mode and (name.startswith("llm.") or any(trained[name]))
     return model

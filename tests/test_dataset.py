@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import struct
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,9 @@ def four(tmp_path) -> Manifest:
     ("line", "wanted"),
     [
         ('{"wav": "a.wav", "txt": ', "malformed JSON"),
-        ("", "malformed JSON"),
+        ("", "a blank line; wanted one JSON object"),
+        ('{"wav": "a.wav", "txt": "\\ud800"}', "malformed JSON .*surrogates"),
+        ('{"wav": "a.wav", "txt": "a", "key": ' + 9999 * "[" + 9999 * "]" + "}", "malformed JSON .*recursion"),
         ('["a.wav", "hello"]', "wanted a JSON object"),
         ("null", "wanted a JSON object"),
         ('{"wav": "a.wav"}', r"missing \['txt'\]"),
@@ -83,10 +86,15 @@ def four(tmp_path) -> Manifest:
         ('{"wav": 3, "txt": "hello"}', "'wav' is 3; wanted a str"),
         ('{"wav": "a.wav", "txt": ["hello"]}', r"'txt' is \[\"hello\"\]; wanted a str"),
         ('{"wav": "a.wav", "txt": "hello", "prompt": 1}', "'prompt' is 1; wanted a str"),
-        ('{"wav": "a.wav", "txt": "hello", "end": "2"}', "'end' is \"2\"; wanted a float"),
-        ('{"wav": "a.wav", "txt": "hello", "duration": "long"}', "'duration' is \"long\"; wanted a float"),
-        ('{"wav": "a.wav", "txt": "hello", "start": 2, "end": 1}', "start 2 and end 1; wanted 0 <= start < end"),
-        ('{"wav": "a.wav", "txt": "hello", "start": -1}', "start -1 .*wanted 0 <= start"),
+        ('{"wav": "a.wav", "txt": "hello", "key": {}}', "'key' is {}; wanted text"),
+        ('{"wav": "a.wav", "txt": "hello", "end": "2"}', "'end' is \"2\"; wanted seconds"),
+        ('{"wav": "a.wav", "txt": "hello", "end": NaN}', "'end' is NaN; wanted seconds"),
+        ('{"wav": "a.wav", "txt": "hello", "end": ' + 400 * "9" + "}", "'end' is 9{40}; wanted seconds"),
+        ('{"wav": "a.wav", "txt": "hello", "start": true}', "'start' is true; wanted seconds"),
+        ('{"wav": "a.wav", "txt": "hello", "start": -1}', "'start' is -1; wanted seconds, 0 or more"),
+        ('{"wav": "a.wav", "txt": "hello", "duration": "long"}', "'duration' is \"long\"; wanted seconds"),
+        ('{"wav": "a.wav", "txt": "hello", "duration": -3}', "'duration' is -3; wanted seconds"),
+        ('{"wav": "a.wav", "txt": "hello", "start": 2, "end": 1}', "start 2 and end 1; wanted start < end"),
         ('{"messages": "hello"}', "'messages' is \"hello\"; wanted a list"),
         ('{"messages": []}', "the last of 'messages' is not the assistant's"),
         ('{"messages": [{"role": "user", "content": "hello"}]}', "the last of 'messages' is not the assistant's"),
@@ -102,6 +110,11 @@ def four(tmp_path) -> Manifest:
             '{"role": "assistant", "content": "hello"}]}',
             "wanted .*'audio'",
         ),
+        (
+            '{"messages": [{"role": "user", "content": "<audio> <audio>", "audio": ["a.wav"]}, '
+            '{"role": "user", "content": "and", "audio": ["b.wav"]}, {"role": "assistant", "content": "hello"}]}',
+            "2 <audio> in a turn with 1 audio clips",
+        ),
     ],
 )
 def test_a_bad_line_is_reported_with_the_manifests_path_and_its_number(tmp_path, line, wanted):
@@ -115,7 +128,7 @@ def test_a_bad_line_is_reported_with_the_manifests_path_and_its_number(tmp_path,
 def test_a_blank_line_at_the_end_is_an_error_for_every_line_has_a_hypothesis(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(f"{json.dumps(LINE)}\n\n")
-    with pytest.raises(InputError, match="jsonl:2: malformed JSON"):
+    with pytest.raises(InputError, match="jsonl:2: a blank line"):
         Manifest(path)
 
 
@@ -549,6 +562,46 @@ def test_a_long_clip_has_the_embeddings_of_its_windows_in_one_place():
     assert [len(window) for window in example["features"]] == [2000, 2000]
     assert ids.count(SPEECH) == 400
     assert ids[ids.index(SPEECH) :][:400] == [SPEECH] * 400
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.flac"])
+def test_a_file_that_was_cut_off_is_not_taken_for_a_shorter_one(tmp_path, name):
+    path = tmp_path / name
+    soundfile.write(path, noise(2), SAMPLE_RATE)
+    assert len(load_audio(path)) == 2 * SAMPLE_RATE
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadUtterance, match=r"cut off after \d\.\d+ s|unreadable"):
+        load_audio(path)
+    if name == "a.wav":  # a segment that is whole
+        assert len(load_audio(path, 0.2, 0.5)) == 0.3 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_whose_writer_did_not_know_its_length_is_whole(tmp_path, size):
+    """Such come out of a pipe: sox and ffmpeg cannot go back to the header."""
+    soundfile.write(tmp_path / "a.wav", noise(1), SAMPLE_RATE)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = struct.pack("<I", size)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(load_audio(tmp_path / "a.wav")) == SAMPLE_RATE
+
+
+def test_what_stands_for_a_bad_clip_fits_however_few_positions_there_are(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(0.5), SAMPLE_RATE)
+    rows = [LINE, {**LINE, "txt": "hello " * 99}]
+    manifest = Manifest(write_manifest(tmp_path / "train.jsonl", rows))
+    count = len(make_dataset(manifest)[0]["prompt_ids"])
+    dataset = make_dataset(manifest, on_bad="skip", max_length=count + 10)
+    assert [dataset[0]["bad"], dataset[1]["target_ids"]] == [None, []]
+    assert re.search("jsonl:2: .* do not fit", dataset[1]["bad"])
+
+
+def test_decoding_does_not_look_at_the_transcript(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(0.5), SAMPLE_RATE)
+    manifest = Manifest(write_manifest(tmp_path / "test.jsonl", [LINE, {**LINE, "txt": "hello " * 999}]))
+    dataset = make_dataset(manifest, on_bad="keep", with_targets=False, max_length=100)
+    assert [(e["bad"], e["target_ids"], e["prompt_ids"]) for e in dataset] == 2 * [(None, [], dataset[0]["prompt_ids"])]
 
 
 def test_the_tokenizers_own_limit_cuts_nothing():

@@ -66,10 +66,27 @@ def test_a_template_may_place_the_audio_itself(llms, world, tmp_path):
     _, end_id = render_prompt(model.tokenizer, json.dumps(conversation("whatever")))
     assert end_id == model.tokenizer.eos_token_id  # the template shows no answer, and so no end of one
 
+    model.save_pretrained(tmp_path / "run")
+    assert text_around(SpeechLLM.from_pretrained(tmp_path / "run").tokenizer) == ["Speech: ", " Text:"]
 
-def test_a_template_that_is_missing_is_one_line(world, llms):
-    with pytest.raises(InputError, match=r"--chat_template nowhere\.jinja: no such file"):
-        SpeechLLM.from_parts(str(world / "whisper.pt"), llms["qwen2"], chat_template="nowhere.jinja")
+
+def test_a_template_given_to_the_tokenizer_later_counts_from_then_on(llms, world):
+    model = SpeechLLM.from_parts(str(world / "whisper.pt"), llms["qwen2"], projector_hidden_size=64)
+    before = text_around(model.tokenizer)
+    model.tokenizer.chat_template = "Say: {{ messages[-1].content }}|"
+    assert text_around(model.tokenizer) == ["Say: ", "\nWrite|"] != before
+
+
+@pytest.mark.parametrize("name", ["nowhere.jinja", "nowhere.txt"])
+def test_a_template_that_is_missing_is_one_line(world, llms, name):
+    with pytest.raises(InputError, match=f"--chat_template {name}: no such file"):
+        SpeechLLM.from_parts(str(world / "whisper.pt"), llms["qwen2"], chat_template=name)
+
+
+def test_a_template_without_a_place_for_the_speech_is_told(world, llms, tmp_path):
+    (tmp_path / "mine.txt").write_text("{{ messages[0].role }}")
+    with pytest.raises(InputError, match="wanted <audio> in it or in --chat_template, once"):
+        SpeechLLM.from_parts(str(world / "whisper.pt"), llms["qwen2"], chat_template=str(tmp_path / "mine.txt"))
 
 
 def test_a_system_prompt_comes_first(llms, world):

@@ -146,8 +146,9 @@ def test_conversations_are_answered_together_as_alone(any_model, files):
 @pytest.mark.parametrize(
     ("turns", "told"),
     [
-        ([ask("<audio> and <audio>", noise(1))], "prompt 1: 2 <audio> in the prompt for 1 audio clips"),
+        ([ask("<audio> and <audio>", noise(1))], "prompt 1: 2 <audio> in a turn with 1 audio clips"),
         ([ask("no place", noise(1))], "prompt 1: 0 <audio> in the prompt for 1 audio clips"),
+        ([ask("<audio> <audio>", noise(1)), ask("and", noise(1))], "prompt 1: 2 <audio> in a turn with 1 audio clips"),
         ([ask("<audio>", "nowhere.wav")], "prompt 1: nowhere.wav: no such file"),
         ([ask("<audio>", noise(0.001))], "prompt 1: .*too short"),
     ],
@@ -186,6 +187,8 @@ def test_tensors_of_another_shape_are_told_the_right_one(any_model):
         ({"feature_lengths": torch.ones(3).long()}, r"feature_lengths: found shape \(3,\), wanted \(2\)|wanted \(A"),
         ({"input_ids": ids[0]}, r"input_ids: found shape .*, wanted \(B, L\)"),
         ({"attention_mask": torch.ones(2, 1)}, "attention_mask: found shape"),
+        ({"audio_attention_mask": mask.flip(1)}, "audio_attention_mask: found padding before audio"),
+        ({"audio_attention_mask": torch.zeros_like(mask)}, "clip 1 is too short for a single speech embedding"),
         ({"labels": ids[:1]}, r"labels: found shape .*, wanted \(2, K\)"),
         ({"labels": ids.new_zeros(2, length + 1)}, f"labels: found shape .* for {length} positions"),
     ):
@@ -269,6 +272,20 @@ def test_answers_are_the_same_in_the_middle_of_training(any_model):
 def test_prompts_of_another_shape_are_told_the_right_one(any_model, prompts):
     with pytest.raises(ValueError, match="wanted a list of turns"):
         any_model.generate(prompts=prompts, **NEW)
+
+
+def test_one_clip_of_a_turn_may_stand_without_its_list(any_model, files):
+    turn, path = {"role": "user", "content": "<audio> What?"}, str(files[0])
+    wanted = any_model.generate(prompts=[[turn | {"audio": [path]}]], **NEW)
+    assert any_model.generate(prompts=[[turn | {"audio": path}]], **NEW).equal(wanted)
+    assert any_model.generate(prompts=[[turn | {"audio": noise(1.0)}]], **NEW).shape[0] == 1
+
+
+def test_prompts_that_are_none_or_no_text_are_told(any_model):
+    with pytest.raises(ValueError, match="wanted prompts, found none"):
+        any_model.generate(prompts=[], **NEW)
+    with pytest.raises(ValueError, match=r"prompt 1: content .*; wanted a text with <audio>"):
+        any_model.generate(prompts=[[{"role": "user", "content": [{"type": "audio"}]}]], **NEW)
 
 
 def test_a_conversation_without_audio_is_told_so(any_model):

@@ -93,6 +93,15 @@ def test_parts_are_frozen_and_unfrozen_by_calls(world):
     assert {name.split(".")[0] for name in trained(model)} == {"projector"}
 
 
+def test_the_vectors_around_a_clip_are_frozen_with_the_projector(world):
+    model = build(world, audio_boundary_tokens=True)
+    assert "boundary.weight" in trained(model)
+    model.freeze_projector()
+    assert not trained(model)
+    model.unfreeze_projector()
+    assert "boundary.weight" in trained(model)
+
+
 def test_an_unfrozen_encoder_gets_gradients(world):
     model = build(world)
     model.unfreeze_encoder()
@@ -170,7 +179,8 @@ def test_loras_dropout_acts_in_training_and_no_other_does(world):
     assert losses(model.train(), examples) != pytest.approx(plain, abs=1e-4)
     modes = {name: module.training for name, module in model.named_modules() if name}
     on = {name for name, mode in modes.items() if mode}
-    assert all(name.startswith("projector") or ".lora_" in name for name in on)
+    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    assert all(name.startswith("projector") or ".lora_" in name or name == embeddings for name in on)
     assert any(".lora_dropout" in name for name in on)
     assert losses(model.eval(), examples) == plain
 
