@@ -5,6 +5,7 @@ python train.py config.yaml --learning_rate 1e-4  # the command line wins
 """
 
 import json
+import os
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
@@ -59,17 +60,22 @@ class TrainArguments(TrainingArguments):
 
 def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArguments]:
     """The three groups of arguments; names that other programs use are translated."""
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = flags_of_file(argv[0]) + argv[1:]
-    argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]
     usage = "train.py [CONFIG.yaml] [--flag value ...] [--help]"
+    old = "Older names work too: " + ", ".join(f"--{old} (now --{new})" for old, new in OLD_FLAGS.items())
     groups = (ModelArguments, DataArguments, TrainArguments)
-    parser = HfArgumentParser(groups, description="Train a speech recogniser.", usage=usage, allow_abbrev=False)
+    about = {"description": "Train a speech recogniser.", "usage": usage, "epilog": old, "allow_abbrev": False}
+    parser = HfArgumentParser(groups, **about)
     for action in parser._actions:
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
+    for place, arg in enumerate(argv):  # a YAML file that is no flag's value
+        before = argv[place - 1] if place else ""
+        if arg.endswith((".yaml", ".yml")) and (before == "--config" or not before.startswith("--")):
+            argv = flags_of_file(arg, parser) + argv[: place - (before == "--config")] + argv[place + 1 :]
+            break
+    argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]
     try:
         model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, OSError, ArgumentTypeError) as error:
+    except (ValueError, OSError, ImportError, ArgumentTypeError) as error:
         parser.error(str(error))
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
@@ -82,6 +88,16 @@ def check(data: DataArguments, training: TrainArguments) -> None:
     """Raise InputError for arguments that contradict each other."""
     if training.fsdp:
         raise InputError("--fsdp: the projector would be saved in shards; use --deepspeed ds_config_zero3.json")
+    if training.deepspeed and "WORLD_SIZE" not in os.environ:
+        cure = "start it with torchrun --standalone --nproc_per_node=1 train.py ..., or leave --deepspeed out"
+        raise InputError(f"--deepspeed {training.deepspeed}: this is one process on its own; {cure}")
+    if min(training.per_device_train_batch_size, training.per_device_eval_batch_size) < 1:
+        raise InputError("--per_device_train_batch_size, --per_device_eval_batch_size: wanted 1 or more")
+    if Path(training.output_dir).is_file():
+        raise InputError(
+            f"--output_dir {training.output_dir}: a file is there; wanted a folder, or a name for a new one"
+        )
+    training.remove_unused_columns = False  # utterances have none
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if any((getattr(training, name, None) or {}).get("use_reentrant") for name in names):
         raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")
@@ -99,11 +115,11 @@ def check(data: DataArguments, training: TrainArguments) -> None:
 
 def rename(flag: str) -> str:
     name, equals, value = flag[2:].partition("=")
-    return f"--{OLD_FLAGS.get(name, name)}{equals}{value}"
+    return f"--{OLD_FLAGS.get(name.replace('-', '_'), name)}{equals}{value}"
 
 
 def nearest(name: str, names: list[str]) -> str:
-    near = get_close_matches(name, names, 1)
+    near = get_close_matches(name.lower(), names, 1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -117,8 +133,8 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def flags_of_file(path: str) -> list[str]:
-    """A YAML file as command-line flags. Its keys may stand in sections: data, model, training."""
+def flags_of_file(path: str, parser: HfArgumentParser) -> list[str]:
+    """A YAML file as command-line flags of the parser. Its keys may stand in sections: data, model, training."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
@@ -127,8 +143,8 @@ def flags_of_file(path: str) -> list[str]:
         raise InputError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: wanted keys and values: the names of train.py's flags")
-    types = {f.name: str(f.type) for group in (ModelArguments, DataArguments, TrainArguments) for f in fields(group)}
-    known = [*types, *OLD_FLAGS, *SECTIONS]
+    takes_many = {action.dest: action.nargs == "*" for action in parser._actions if action.dest != "help"}
+    known = [*takes_many, *OLD_FLAGS, *SECTIONS]
     sections = [content.pop(name) or {} for name in SECTIONS if name in content]
     if wrong := [section for section in sections if not isinstance(section, dict)]:
         raise InputError(f"{path}: found {wrong[0]!r} for a section; wanted keys and values under {SECTIONS}")
@@ -139,8 +155,10 @@ def flags_of_file(path: str) -> list[str]:
         if key in seen:
             raise InputError(f"{path}: {key!r} stands twice, in two sections; wanted it once")
         seen.add(key)
-        if isinstance(value, list) and "list" not in types.get(key, "").lower():
-            raise InputError(f"{path}: {key} is {value}; wanted one value")
+        if isinstance(value, list) and not takes_many.get(key):
+            if len(value) != 1:
+                raise InputError(f"{path}: {key} is {value}; wanted one value")
+            (value,) = value
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:

@@ -30,7 +30,7 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0, end: float | No
                 samples = file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)
                 chunk = re.search(
                     r"data : (\d+) \(should be (\d+)\)", file.extra_info
-                )  # what libsndfile finds in a wav
+                )  # bytes in a wav's header, found
                 declared, found = map(int, chunk.groups()) if chunk and end is None else (0, 0)
             if found < declared < UNKNOWN_SIZE or len(samples) < 0.9 * (min(last, file.frames) - first):
                 raise BadUtterance(f"{audio}: cut off after {len(samples) / rate:.2f} s; its header promises more")

@@ -6,7 +6,6 @@ batch = collate([dataset[0], dataset[1]])  # a dict of left-padded tensors, what
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from audio import load_audio
 from encoders import WINDOW
-from manifest import AUDIO, SAMPLE_RATE, BadUtterance, InputError, Manifest, clips, reference, seconds_of
+from manifest import AUDIO, SAMPLE_RATE, BadUtterance, InputError, check_seconds, clips, measure, place, reference
 from prompt import END, PROMPT, SPEECH, START, conversation, render_prompt
 
 IGNORE = -100  # in labels: not trained on
@@ -47,30 +46,13 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         count = len(self.records)
-        self.bad, self.durations = {}, np.zeros(count)  # seconds
-        with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
-            list(pool.map(self.measure, np.array_split(np.arange(count), 64)))
+        self.durations, self.bad = measure(self.records, self.max_seconds)  # seconds; index -> reason
         if self.bad and self.on_bad == "error":
             more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
         if self.on_bad == "skip" and len(self.bad) == count:
             raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
         self.indices = np.array([i for i in range(count) if self.on_bad != "skip" or i not in self.bad])
-
-    def measure(self, indices: np.ndarray) -> None:
-        """Note the seconds of records, from headers where their lines do not state them, and in `bad` what is wrong."""
-        for index in indices.tolist():
-            record = self.records[index]
-            stated = self.records.durations[index] if isinstance(self.records, Manifest) else np.nan
-            try:
-                self.durations[index] = seconds_of(record, stated)
-                self.check_seconds(self.durations[index])
-            except BadUtterance as error:
-                self.bad[index] = f"{record.get('where', f'record {index}')}: {error}"
-
-    def check_seconds(self, seconds: float) -> None:
-        if self.max_seconds and seconds > self.max_seconds + 0.01:
-            raise BadUtterance(f"{seconds:.2f} s of audio, over --max_seconds {self.max_seconds:g}")
 
     def check_length(self, example: dict) -> None:
         prompt, target = len(example["prompt_ids"]), len(example["target_ids"])
@@ -89,7 +71,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             self.check_length(example)
             return {"index": index, "bad": None, **example}
         except BadUtterance as error:
-            reason = f"{record.get('where', f'record {index}')}: {error}"
+            reason = f"{place(record, index)}: {error}"
             if self.on_bad == "error":
                 raise BadUtterance(reason) from None
             silence = {"wav": np.zeros(SILENCE, np.float32)}
@@ -100,7 +82,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         samples = [load_audio(*clip) for clip in clips(record)]
         if not samples:
             raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
-        self.check_seconds(sum(map(len, samples)) / SAMPLE_RATE)
+        check_seconds(sum(map(len, samples)) / SAMPLE_RATE, self.max_seconds)
         features = [self.windows(clip) for clip in samples]
         counts = [int(sum(self.speech_lengths[len(window)] for window in clip)) for clip in features]
         if 0 in counts:

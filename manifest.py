@@ -11,6 +11,7 @@ import sys
 import warnings
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -172,3 +173,32 @@ def seconds_of(record: dict, stated: float = np.nan) -> float:
             except soundfile.SoundFileError as error:
                 raise BadUtterance(f"{audio}: unreadable ({error})") from None
     return total if np.isnan(stated) else stated
+
+
+def measure(records: Sequence[dict], max_seconds: float | None) -> tuple[np.ndarray, dict[int, str]]:
+    """Seconds of records, from headers where their lines do not state them; and index -> what is wrong with it."""
+    durations, bad = np.zeros(len(records)), {}
+
+    def look(indices: np.ndarray) -> None:
+        for index in indices.tolist():
+            record = records[index]
+            try:
+                stated = records.durations[index] if isinstance(records, Manifest) else np.nan
+                durations[index] = seconds_of(record, stated)
+                check_seconds(durations[index], max_seconds)
+            except BadUtterance as error:
+                bad[index] = f"{place(record, index)}: {error}"
+
+    with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
+        list(pool.map(look, np.array_split(np.arange(len(records)), 64)))
+    return durations, bad
+
+
+def check_seconds(seconds: float, max_seconds: float | None) -> None:
+    if max_seconds and seconds > max_seconds + 0.01:
+        raise BadUtterance(f"{seconds:.2f} s of audio, over --max_seconds {max_seconds:g}")
+
+
+def place(record: dict, index: int) -> str:
+    """Where a record comes from: file and line of a manifest."""
+    return record.get("where", f"record {index}")

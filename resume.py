@@ -49,7 +49,7 @@ def find_checkpoint(output_dir: str, settings: dict, given: str | None = None) -
     folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=Path(given or ""))
     if given and Path(given).resolve() in [path.resolve() for path in folders if path != folder]:
         raise InputError(f"{given} is not the last: {folder} would be overwritten; choose another --output_dir")
-    if not list(folder.glob("rng_state*")):
+    if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
         cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
         raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")
     path = folder / "train_settings.json"

@@ -38,7 +38,13 @@ class SpeechTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         # the same order for any number of processes and accumulation steps with the same total batch
         total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSampler(dataset.durations[dataset.indices], total, seed, lambda: int(self.state.epoch or 0))
+        durations, epoch = dataset.durations[dataset.indices], lambda: int(self.state.epoch or 0)
+        return LengthSampler(durations, total, seed, epoch, args.dataloader_drop_last)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Nothing if a run that has ended is started again: Trainer would take one step before it counts them."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.skipped.update(dict.fromkeys(filter(None, inputs["bad"])))
@@ -111,6 +117,10 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(describe(model), *[f"going on from {checkpoint}"] * bool(checkpoint), sep="\n")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset and args.eval_strategy == "no":
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            print(metrics)
 
     for made in filter(None, (dataset, eval_dataset)):
         trainer.skipped.update(dict.fromkeys(made.bad.values()))

@@ -58,6 +58,19 @@ def test_the_command_line_wins(tmp_path):
     assert (training.learning_rate, model.lora_target_modules, model.projector) == (3e-3, ["up_proj"], "linear")
 
 
+def test_the_file_may_stand_anywhere_and_after_a_flag_of_its_own(tmp_path):
+    path = write(tmp_path, SECTIONS)
+    wanted = vars(parse([path, "--seed", "3"])[2])
+    for argv in (["--seed", "3", path], ["--config", path, "--seed", "3"], ["--seed", "3", "--config", path]):
+        found = vars(parse(argv)[2])
+        assert (found["seed"], found["output_dir"]) == (wanted["seed"], wanted["output_dir"]) == (3, "run")
+
+
+def test_a_list_of_one_stands_for_its_value(tmp_path):
+    _, _, training = parse([write(tmp_path, SECTIONS + "  report_to: [none]\n")])
+    assert training.report_to == []
+
+
 def test_old_names_work_in_a_file_too(tmp_path):
     text = "whisper_model_name_or_path: tiny\nllm_model_name_or_path: llm\ndata_path: a\noutput_dir: b\nuse_cpu: true\n"
     model, _, training = parse([write(tmp_path, text + "warmup_ratio: 0.1\n")])
@@ -81,6 +94,9 @@ def test_a_bare_no_and_a_leading_dash_mean_what_they_say(tmp_path):
         ("a: [", "malformed YAML"),
         ("{seed: 1, bf16: true, seed: 2}", r"malformed YAML \('seed' stands twice .*line 1, column 23"),
         ("{model: {lora_r: 8}, lora_r: 8}", "'lora_r' stands twice, in two sections"),
+        ("downsample_factor: 5", "unknown key 'downsample_factor'; did you mean"),
+        ("LEARNING_RATE: 1", "unknown key 'LEARNING_RATE'; did you mean learning_rate?"),
+        ("{report_to: []}", r"report_to is \[\]; wanted one value"),
         ("{seed: [1, 2]}", r"seed is \[1, 2\]; wanted one value"),
     ],
 )
@@ -101,6 +117,20 @@ def test_an_unknown_flag_suggests_the_nearest(capsys):
     assert "did you mean --projector_hidden_size?" in capsys.readouterr().err
 
 
+def test_the_old_names_stand_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert {"--whisper_model_name_or_path", "--warmup_ratio"} <= set(capsys.readouterr().out.split())
+
+
+def test_old_names_may_have_dashes():
+    assert parse([*FLAGS.split(), "--warmup-ratio", "0.1"])[2].warmup_steps == 0.1
+
+
+def test_the_column_flag_of_other_programs_does_no_harm():
+    assert not parse([*FLAGS.split(), "--remove_unused_columns", "True"])[2].remove_unused_columns
+
+
 def test_patterns_can_be_given_as_none_at_all():
     model, _, _ = parse([*FLAGS.split(), "--freeze_params"])
     assert model.freeze_params == []
@@ -114,6 +144,9 @@ def test_patterns_can_be_given_as_none_at_all():
         ("--save_best_by wer --eval_data_path d --eval_strategy steps --eval_steps 30 --save_steps 100", "divide"),
         ("--save_best_by wer --eval_data_path d --eval_strategy epoch --save_steps 100", "alike"),
         ("--fsdp full_shard", "--deepspeed"),
+        (f"--deepspeed {ROOT}/ds_config_zero3.json", "start it with torchrun"),
+        ("--per_device_train_batch_size 0", "wanted 1 or more"),
+        (f"--output_dir {ROOT}/README.md", "a file is there"),
         ("""--gradient_checkpointing_kwargs '{"use_reentrant": true}'""", "wanted false"),
     ],
 )

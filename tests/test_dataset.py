@@ -692,12 +692,26 @@ def lengths_of(count: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(1, 30, count)
 
 
+@pytest.mark.filterwarnings("ignore:3 utterances")
 @pytest.mark.parametrize("count", [0, 3, 8, 1003])
 def test_every_utterance_comes_once_an_epoch_and_some_again_to_fill_the_last_batch(count):
     sampler = LengthSampler(lengths_of(count), batch_size=8, seed=0)
     order = list(sampler)
     assert set(order) == set(range(count))
     assert len(order) == len(sampler) == -(-count // 8) * 8
+
+
+def test_the_last_batch_can_be_dropped():
+    sampler = LengthSampler(lengths_of(1003), batch_size=8, seed=0, drop_last=True)
+    order = list(sampler)
+    assert len(order) == len(set(order)) == len(sampler) == 1000
+    with pytest.raises(InputError, match="--dataloader_drop_last: 7 utterances do not fill one batch of 8"):
+        LengthSampler(lengths_of(7), batch_size=8, seed=0, drop_last=True)
+
+
+def test_utterances_too_few_for_a_batch_are_told_how_often_they_come():
+    with pytest.warns(UserWarning, match=r"20 utterances fill a batch of 128: each comes 6\.4 times an epoch"):
+        LengthSampler(lengths_of(20), batch_size=128, seed=0)
 
 
 def test_a_batch_holds_similar_lengths_and_batches_come_in_no_order_of_length():

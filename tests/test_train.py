@@ -19,8 +19,8 @@ import torch
 from conftest import MODEL_FLAGS, ROOT, TRAIN_FLAGS, TRAINED_FLAGS, write_manifest
 from safetensors.torch import load_file
 
-from dataset import BadUtterance, Manifest, collate
-from manifest import InputError
+from dataset import collate
+from manifest import BadUtterance, InputError, Manifest
 from model import SpeechLLM
 from resume import find_checkpoint, keep_best
 
@@ -283,6 +283,39 @@ def test_the_same_command_after_the_end_changes_nothing(tmp_path, never_stopped,
     assert job.status == 0, job.err
     assert f"going on from {tmp_path}/run/checkpoint-16\n" in job.out
     assert_same(weights(tmp_path / "run"), weights(never_stopped))
+
+
+def test_the_same_command_after_the_last_of_max_steps_changes_nothing(world, chinese_llm, launch):
+    """In the middle of an epoch, where Trainer would take one step more."""
+    flags = f"{TRAIN_FLAGS} --data_path corpus.jsonl --per_device_train_batch_size 2 --max_steps 4 --save_steps 2"
+    flags += " --learning_rate 1e-3 --lr_scheduler_type constant --output_dir ended"
+    assert launch("train.py", flags).wait().status == 0
+    before = weights(world / "ended")
+    job = launch("train.py", flags).wait()
+    assert "going on from ended/checkpoint-4\n" in job.out, job.err
+    assert_same(weights(world / "ended"), before)
+    assert sorted(path.name for path in (world / "ended").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    (world / "ended/checkpoint-4/optimizer.pt").unlink()
+    assert "no run can go on from weights alone" in launch("train.py", flags).wait().the_error()
+
+
+def test_neftune_adds_its_noise(world, chinese_llm, launch):
+    flags = f"{TRAIN_FLAGS} --data_path corpus.jsonl --max_steps 2 --save_strategy no --output_dir"
+    found = []
+    for name, more in (("quiet", ""), ("noisy", "--neftune_noise_alpha 5"), ("loud", "--neftune_noise_alpha 50")):
+        job = launch("train.py", f"{flags} {name} {more}").wait()
+        assert job.status == 0, job.err
+        found.append(weights(world / name)["projector.conv.weight"])
+    assert not found[0].equal(found[1]) and not found[1].equal(found[2])
+
+
+def test_an_evaluation_set_alone_is_evaluated_at_the_end(world, trained, launch):
+    flags = f"{TRAIN_FLAGS} --data_path corpus.jsonl --eval_data_path eval.jsonl --max_steps 2 --output_dir evaluated"
+    for more, processes in (("", 1), (f"--deepspeed {ROOT}/ds_config_zero3.json", 2)):
+        job = launch("train.py", f"{flags}{processes} {more}", processes=processes).wait()
+        assert job.status == 0, job.err
+        assert job.out.count("'eval_wer'") == 1
+        assert "| WER in evaluation |" in (world / f"evaluated{processes}/README.md").read_text()
 
 
 @pytest.mark.parametrize(
