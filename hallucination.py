@@ -39,15 +39,19 @@ SPOKEN_LIKENESS = 80  # of 100: chat as like the reference as this is speech wit
 
 # CHAT is matched against _plain text: lower case, no punctuation, no apostrophes.
 TOPIC = "transcri|audio|speech|recording|spoken|provide|assist|fulfill|clarify|context|request|understand"
+TOPIC += r"|confusion|help\ (you|with)"
 CHAT = re.compile(
     rf"""^(oh\ )?((im|i\ am)\ (\w+\ )?sorry|sorry|i\ apologi[sz]e|my\ apologies)\b.{{0,80}}?\b({TOPIC})\w*
     | \bas\ an?\ (ai|artificial\ intelligence|((large|ai)\ )*language\ model)\b(\ \w+){{0,3}}
-    | \bno\ (\w+\ )?(speech|audio|spoken\ \w+)\ (to\ transcribe|((was|is)\ )?(detected|provided))\b
+    | \bno\ (\w+\ )?(speech|audio|spoken\ \w+)\ (to\ transcribe|((was|is)\ )?(detected|provided|attached))\b
+    | \bno\ (\w+\ )?speech\ in\ (the|this|your)\ (\w+\ )?(audio|recording|file|clip)\b
+    | \b(unable\ to|cannot|cant|dont)\ hear\ (\w+\ ){{1,3}}?(audio|recording|speech)\b
+    | \btranscript(ion)?\ of\ (the|this|your)\ (\w+\ )?(speech|audio|recording)\ (is|reads)\b
     | \bplease\ (provide|upload|share|send)(\ \w+){{0,4}}?\ (audio|recording|speech|transcript\w*|text)\b
     | \b(here\ is|heres|this\ is|below\ is)\ (the|your|a)\ (\w+\ ){{0,2}}transcri(pt|bed)\w*(\ \w+){{0,3}}
     | ^(sure|certainly|of\ course|absolutely)\b.{{0,40}}?\b(transcri\w+|audio|assist)\b
     | \bi\ ?(m|am|cannot|cant|can\ not)\ ((unable|not\ able)\ to\ )?(transcribe|process\ (\w+\ )?audio)\b
-    | \bhow\ (can|may)\ i\ assist\ you\b(\ \w+)?
+    | \bhow\ (can|may)\ i\ (assist|help)\ you\b(\ \w+)?
     | ^我?(很|非常|十分)?(抱歉|[对對]不起).{{0,20}}?
         ([无無]法|[转轉][录錄写寫]|[语語]音|音[频頻]|[录錄]音|[识識][别別]|提供)
     | 作[为為].{{0,8}}?([语語]言模型|ai助手|智能助[手理])
