@@ -108,7 +108,7 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
     dims = whisper.model.ModelDimensions(mels, 1500, width, heads, layers, 1, 1, width, heads, 1)
 
     def random_llm(*_, **__):
-        return AutoModelForCausalLM.from_config(llm_config, dtype=getattr(torch, args.dtype)), {"missing_keys": []}
+        return AutoModelForCausalLM.from_config(llm_config, dtype=getattr(torch, args.dtype))
 
     known = ["<|im_end|>", "<|im_start|>", *"system You are a helpful assistant . user Transcribe the speech".split()]
     ids = {word: i for i, word in enumerate(known + [f"w{i}" for i in range(len(known), vocabulary)])}
@@ -119,14 +119,14 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch("llm.AutoModelForCausalLM.from_pretrained", random_llm),
+        patch("llm.load_pretrained", random_llm),
         patch("whisper.load_model", lambda *_, **__: whisper.Whisper(dims)),
         torch.device(args.device),
     ):
         tokenizer.save_pretrained(folder)
         options = {"pad_to_30s": args.fixed, "lora_r": args.lora_r}
         model = SpeechLLM.from_parts(args.encoder, folder, args.projector, **options)
-    model.llm.generation_config.eos_token_id = [-1]  # no such token: random weights would stop anywhere
+    model.llm.generation_config.eos_token_id = [vocabulary]  # no such token: random weights would stop anywhere
     return model
 
 

@@ -78,6 +78,8 @@ def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
         SpeechLLMConfig(**found)
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix('config: ')}") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; wanted a folder that train.py or save_pretrained wrote") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; wanted a folder that train.py or save_pretrained wrote") from None
     for part in PARTS:  # frozen parts in the folder itself

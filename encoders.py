@@ -7,6 +7,7 @@ frames = encoder(features[None], torch.tensor([len(features)]))  # (1, T, D)
 Shapes: A clips in the batch, S samples (16 kHz), M mel bins, F feature frames, T encoder frames, D encoder width.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's
     ("ln_post.", "layer_norm."),  # after the other two that end so
     ("positional_embedding", "embed_positions.weight"),
 )
+warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # transformers' WavLM, at every batch
 WINDOW = 30 * SAMPLE_RATE  # samples that Whisper was trained on
 
 

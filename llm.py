@@ -23,7 +23,7 @@ def load_llm(config: SpeechLLMConfig, device: str | torch.device | None = None) 
     with told_in_one_line(path, "the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         llm = load_pretrained(AutoModelForCausalLM, path, revision=revision, **options)
-    if not tokenizer("hello").input_ids:
+    if not tokenizer("Transcribe the speech").input_ids:
         raise InputError(f"{path}: a tokenizer without a vocabulary; wanted its files, tokenizer.json or the like")
     # logits_to_keep is a slice, which PyTorch would multiply row by row, reading the vocabulary matrix each time:
     # half the time of a training step with a small LLM.
