@@ -57,6 +57,11 @@ class TrainArguments(TrainingArguments):
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool = False
 
+    def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("wer", "cer")):
+            self.greater_is_better = False  # transformers thinks so of losses alone
+        super().__post_init__()
+
 
 def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArguments]:
     """The three groups of arguments; names that other programs use are translated."""
@@ -67,9 +72,12 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     parser = HfArgumentParser(groups, **about)
     for action in parser._actions:
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    switches = [name for action in parser._actions if action.nargs == "?" for name in action.option_strings]
     for place, arg in enumerate(argv):  # a YAML file that is no flag's value
         before = argv[place - 1] if place else ""
-        if arg.endswith((".yaml", ".yml")) and (before == "--config" or not before.startswith("--")):
+        is_value = before.startswith("--") and "=" not in before and before not in ("--config", *switches)
+        if arg.endswith((".yaml", ".yml")) and not is_value:
             argv = flags_of_file(arg, parser) + argv[: place - (before == "--config")] + argv[place + 1 :]
             break
     argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manifest import SAMPLE_RATE, BadUtterance
-
-UNKNOWN_SIZE = 0x7FFF0000  # bytes of a wav from here on mean that its writer could not go back and fill them in
+from manifest import SAMPLE_RATE, BadUtterance, is_cut_off
 
 
 def load_audio(audio: str | Path | np.ndarray, start: float = 0, end: float | None = None) -> np.ndarray:
@@ -26,13 +24,13 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0, end: float | No
                 last = last if end is None else round(end * rate)
                 if not 0 <= first < max(last, 1) <= file.frames + 0.1 * rate:  # rounded ends may lie a little outside
                     raise BadUtterance(f"{audio}: segment {start} to {end} s of {file.frames / rate:.2f} s")
-                file.seek(first)
+                if first:  # some formats cannot seek
+                    file.seek(first)
                 samples = file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)
-                chunk = re.search(
-                    r"data : (\d+) \(should be (\d+)\)", file.extra_info
-                )  # bytes in a wav's header, found
-                declared, found = map(int, chunk.groups()) if chunk and end is None else (0, 0)
-            if found < declared < UNKNOWN_SIZE or len(samples) < 0.9 * (min(last, file.frames) - first):
+                is_cut = end is None and is_cut_off(file.extra_info)
+            if len(samples) < 0.9 * (min(last, file.frames) - first):  # of an mp3, whose length may be a guess
+                is_cut |= bool(re.search(b"Xing|Info", Path(audio).read_bytes()[:1_000_000]))
+            if is_cut:
                 raise BadUtterance(f"{audio}: cut off after {len(samples) / rate:.2f} s; its header promises more")
         except (OSError, soundfile.SoundFileError) as error:
             found = f"unreadable ({error})" if Path(audio).is_file() else "no such file"

@@ -7,6 +7,7 @@ records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "
 import atexit
 import json
 import os
+import re
 import sys
 import warnings
 from array import array
@@ -169,10 +170,23 @@ def seconds_of(record: dict, stated: float = np.nan) -> float:
             raise BadUtterance(f"{audio}: no such file")
         elif np.isnan(stated):
             try:
-                total += (soundfile.info(audio).duration if end is None else end) - start
+                info = soundfile.info(audio)
+                if end is None and is_cut_off(info.extra_info):
+                    raise BadUtterance(f"{audio}: cut off after {info.duration:.2f} s; its header promises more")
+                total += (info.duration if end is None else end) - start
             except soundfile.SoundFileError as error:
                 raise BadUtterance(f"{audio}: unreadable ({error})") from None
     return total if np.isnan(stated) else stated
+
+
+def is_cut_off(extra_info: str) -> bool:
+    """Whether a wav file has less than its header says, by what libsndfile notes of it.
+
+    Sizes of 2 GB and more mean that its writer, at the end of a pipe, could not go back and fill them in.
+    """
+    sizes = re.search(r"data : (\d+) \(should be (\d+)\)", extra_info)
+    declared, found = map(int, sizes.groups()) if sizes else (0, 0)
+    return found < 0.9 * declared and declared < 0x7FFF0000
 
 
 def measure(records: Sequence[dict], max_seconds: float | None) -> tuple[np.ndarray, dict[int, str]]:

@@ -50,7 +50,9 @@ def load_pretrained(
     for key, found, wanted in sorted(info["mismatched_keys"])[:1]:
         cause = UNGATHERED if 0 in found else f"{len(info['mismatched_keys'])} such weights in all"
         raise InputError(f"{name}: {key} is {tuple(found)}, wanted {tuple(wanted)} by its config.json; {cause}")
-    if missing := sorted(set(info["missing_keys"]) - set(may_lack)):
+    may_lack = (*may_lack, "num_batches_tracked")  # a counter that nothing uses
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith(may_lack))
+    if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name}: weights that config.json promises are missing: {missing[0]}{more}")
     modules = dict(model.named_modules())

@@ -49,6 +49,10 @@ def find_checkpoint(output_dir: str, settings: dict, given: str | None = None) -
     folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=Path(given or ""))
     if given and Path(given).resolve() in [path.resolve() for path in folders if path != folder]:
         raise InputError(f"{given} is not the last: {folder} would be overwritten; choose another --output_dir")
+    if given and step_of(folder) < step_of(Path(given)):
+        raise InputError(
+            f"--resume_from_checkpoint {given}: {folder} is there, an earlier one; choose another --output_dir"
+        )
     if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
         cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
         raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")
@@ -91,6 +95,10 @@ def keep_best(output_dir: str, metric: str, count: int) -> None:
             shutil.rmtree(Path(output_dir, f"checkpoint-{step}"))
     best = min(rates, key=lambda step: (rates[step], -step))
     print(f"lowest {metric} so far: {rates[best]:.4f}, {output_dir}/checkpoint-{best}")
+
+
+def step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
 
 
 def is_json(path: Path) -> bool:

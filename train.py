@@ -118,6 +118,7 @@ def main() -> None:
         print(describe(model), *[f"going on from {checkpoint}"] * bool(checkpoint), sep="\n")
     trainer.train(resume_from_checkpoint=checkpoint)
     if eval_dataset and args.eval_strategy == "no":
+        trainer.save_model(_internal_call=True)  # first, for an evaluation can fail
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
             print(metrics)

@@ -61,9 +61,22 @@ def test_the_command_line_wins(tmp_path):
 def test_the_file_may_stand_anywhere_and_after_a_flag_of_its_own(tmp_path):
     path = write(tmp_path, SECTIONS)
     wanted = vars(parse([path, "--seed", "3"])[2])
-    for argv in (["--seed", "3", path], ["--config", path, "--seed", "3"], ["--seed", "3", "--config", path]):
+    given = (
+        ["--seed", "3", path],
+        ["--seed=3", path],
+        ["--config", path, "--seed", "3"],
+        ["--use_cpu", path, "--seed=3"],
+    )
+    for argv in (*given, ["--seed", "3", "--config", path], ["--seed", "3", f"--config={path}"]):
         found = vars(parse(argv)[2])
         assert (found["seed"], found["output_dir"]) == (wanted["seed"], wanted["output_dir"]) == (3, "run")
+
+
+def test_the_best_error_rate_is_the_lowest():
+    for metric, wanted in (("wer", False), ("eval_cer", False), ("loss", False), ("bleu", True)):
+        best = f"--load_best_model_at_end --metric_for_best_model {metric} --eval_strategy steps --eval_data_path d"
+        best += " --eval_steps 4 --save_steps 4"
+        assert parse([*FLAGS.split(), *best.split()])[2].greater_is_better is wanted
 
 
 def test_a_list_of_one_stands_for_its_value(tmp_path):

@@ -572,11 +572,16 @@ def test_a_file_that_was_cut_off_is_not_taken_for_a_shorter_one(tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadUtterance, match=r"cut off after \d\.\d+ s|unreadable"):
         load_audio(path)
-    if name == "a.wav":  # a segment that is whole
+    rows = [{**LINE, "wav": name}]
+    with pytest.raises(BadUtterance, match=f"train.jsonl:1: .*{name}: (cut off|unreadable)"):
+        make_dataset(Manifest(write_manifest(tmp_path / "train.jsonl", rows)))[0]
+    if name == "a.wav":  # known before training starts; and a segment that is whole
+        with pytest.raises(BadUtterance, match="cut off"):
+            make_dataset(Manifest(tmp_path / "train.jsonl"))
         assert len(load_audio(path, 0.2, 0.5)) == 0.3 * SAMPLE_RATE
 
 
-@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 32036])
 def test_a_wav_whose_writer_did_not_know_its_length_is_whole(tmp_path, size):
     """Such come out of a pipe: sox and ffmpeg cannot go back to the header."""
     soundfile.write(tmp_path / "a.wav", noise(1), SAMPLE_RATE)
@@ -585,6 +590,22 @@ def test_a_wav_whose_writer_did_not_know_its_length_is_whole(tmp_path, size):
     content[place : place + 4] = struct.pack("<I", size)
     (tmp_path / "a.wav").write_bytes(content)
     assert len(load_audio(tmp_path / "a.wav")) == SAMPLE_RATE
+
+
+def test_an_mp3_whose_length_is_guessed_at_is_whole(tmp_path):
+    """Of variable bit rate, without the frame that tells its length."""
+    samples = np.concatenate([np.zeros(20 * SAMPLE_RATE), noise(3)])
+    soundfile.write(tmp_path / "a.mp3", samples, SAMPLE_RATE, bitrate_mode="VARIABLE", compression_level=0.2)
+    content = (tmp_path / "a.mp3").read_bytes()
+    second = content.index(content[:2], 100)  # the sync of the second frame
+    (tmp_path / "a.mp3").write_bytes(content[second:])
+    assert soundfile.info(tmp_path / "a.mp3").duration > 25
+    assert len(load_audio(tmp_path / "a.mp3")) == pytest.approx(23 * SAMPLE_RATE, rel=0.01)
+
+
+def test_a_format_that_cannot_seek_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(1), 8000, subtype="GSM610")
+    assert len(load_audio(tmp_path / "a.wav")) == pytest.approx(2 * SAMPLE_RATE, rel=0.05)
 
 
 def test_what_stands_for_a_bad_clip_fits_however_few_positions_there_are(tmp_path):

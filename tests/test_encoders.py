@@ -411,6 +411,15 @@ def test_a_spoilt_folder_is_refused_in_one_line(path_of, tmp_path, name, spoil, 
     assert "\n" not in str(error.value)
 
 
+def test_a_counter_that_nothing_uses_may_be_missing(path_of, tmp_path):
+    folder = shutil.copytree(path_of("parakeet"), tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    load_encoder(str(folder))
+
+
 def test_weights_of_another_architecture_that_find_no_place_are_told(path_of, tmp_path):
     folder = shutil.copytree(path_of("hubert_large"), tmp_path / "folder")
     shutil.copy(path_of("wavlm_large") / "model.safetensors", folder)

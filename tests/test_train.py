@@ -219,7 +219,7 @@ def test_evaluation_reports_loss_and_wer_whatever_the_batch_and_the_number_of_pr
 
 
 def test_the_checkpoint_of_the_best_wer_is_kept_and_loaded(world, trained, launch):
-    best = "--metric_for_best_model wer --greater_is_better False --load_best_model_at_end --save_total_limit 1"
+    best = "--metric_for_best_model wer --load_best_model_at_end --save_total_limit 1"
     flags = f"{TRAIN_FLAGS} {TRAINED_FLAGS} --per_device_train_batch_size 4 {best} --output_dir best"
     job = launch("train.py", f"{flags} --eval_steps 2 --save_steps 2").wait()
     assert job.status == 0, job.err
@@ -316,6 +316,15 @@ def test_an_evaluation_set_alone_is_evaluated_at_the_end(world, trained, launch)
         assert job.status == 0, job.err
         assert job.out.count("'eval_wer'") == 1
         assert "| WER in evaluation |" in (world / f"evaluated{processes}/README.md").read_text()
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(world, chinese_llm, launch):
+    soundfile.write(world / "nan_at_the_end.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
+    write_manifest(world / "bad_eval.jsonl", [{"wav": "nan_at_the_end.wav", "txt": "hello"}])
+    flags = "--data_path corpus.jsonl --eval_data_path bad_eval.jsonl --max_steps 2 --save_strategy no"
+    job = launch("train.py", f"{TRAIN_FLAGS} {flags} --output_dir not_lost").wait()
+    assert "bad_eval.jsonl:1" in job.the_error()
+    assert weights(world / "not_lost").keys() == PROJECTOR
 
 
 @pytest.mark.parametrize(
@@ -583,6 +592,8 @@ def test_a_given_checkpoint_loses_nothing_of_what_came_later(tmp_path, never_sto
     assert find_checkpoint(str(run), settings, given) == given
     shutil.copytree(never_stopped / "checkpoint-9", run / "checkpoint-9")  # the same command after a kill
     assert find_checkpoint(str(run), settings, given) == f"{run}/checkpoint-9"
+    with pytest.raises(InputError, match="checkpoint-9 is there, an earlier one; choose another --output_dir"):
+        find_checkpoint(str(run), settings, str(never_stopped / "checkpoint-12"))
     last = find_checkpoint(str(never_stopped), settings)
     assert find_checkpoint(str(never_stopped), settings, last) == last
     with pytest.raises(InputError, match="checkpoint-16 would be overwritten; choose another --output_dir"):
