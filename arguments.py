@@ -8,14 +8,13 @@ import json
 import os
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields, make_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from config import SpeechLLMConfig
+from config import SpeechLLMConfig, nearest
 from manifest import InputError
 
 OLD_FLAGS = {
@@ -60,6 +59,7 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("wer", "cer")):
             self.greater_is_better = False  # transformers thinks so of losses alone
+        self.remove_unused_columns = False  # utterances have none
         super().__post_init__()
 
 
@@ -72,14 +72,7 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     parser = HfArgumentParser(groups, **about)
     for action in parser._actions:
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    switches = [name for action in parser._actions if action.nargs == "?" for name in action.option_strings]
-    for place, arg in enumerate(argv):  # a YAML file that is no flag's value
-        before = argv[place - 1] if place else ""
-        is_value = before.startswith("--") and "=" not in before and before not in ("--config", *switches)
-        if arg.endswith((".yaml", ".yml")) and not is_value:
-            argv = flags_of_file(arg, parser) + argv[: place - (before == "--config")] + argv[place + 1 :]
-            break
+    argv = with_file(argv, parser)
     argv = [rename(arg) if arg.startswith("--") else arg for arg in argv]
     try:
         model, data, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -105,7 +98,6 @@ def check(data: DataArguments, training: TrainArguments) -> None:
         raise InputError(
             f"--output_dir {training.output_dir}: a file is there; wanted a folder, or a name for a new one"
         )
-    training.remove_unused_columns = False  # utterances have none
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if any((getattr(training, name, None) or {}).get("use_reentrant") for name in names):
         raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")
@@ -121,14 +113,21 @@ def check(data: DataArguments, training: TrainArguments) -> None:
         raise InputError(f"--save_best_by {data.save_best_by}: every checkpoint wants an evaluation; {cure}")
 
 
+def with_file(argv: list[str], parser: HfArgumentParser) -> list[str]:
+    """The flags of a YAML file, which stands among the others or after --config, and then the others."""
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    switches = [name for action in parser._actions if action.nargs == "?" for name in action.option_strings]
+    for place, arg in enumerate(argv):
+        before = argv[place - 1] if place else ""
+        is_value = before.startswith("--") and "=" not in before and before not in ("--config", *switches)
+        if arg.endswith((".yaml", ".yml")) and not is_value:
+            return flags_of_file(arg, parser) + argv[: place - (before == "--config")] + argv[place + 1 :]
+    return argv
+
+
 def rename(flag: str) -> str:
     name, equals, value = flag[2:].partition("=")
     return f"--{OLD_FLAGS.get(name.replace('-', '_'), name)}{equals}{value}"
-
-
-def nearest(name: str, names: list[str]) -> str:
-    near = get_close_matches(name.lower(), names, 1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -115,6 +115,13 @@ def origin(model) -> dict[str, str | None]:
     return {name: found[name] for part in remote for name in (part, PARTS[part])}
 
 
+def config_for_others(model) -> SpeechLLMConfig:
+    """The config with the names that the frozen parts have elsewhere, in place of those on this machine."""
+    config = copy.copy(model.config)
+    vars(config).update(origin(model))
+    return config
+
+
 def save(
     model,
     folder: str | Path,
@@ -153,6 +160,7 @@ def save(
 
 
 def write(model, folder: Path, config: SpeechLLMConfig, include_frozen: bool, state: dict[str, Tensor] | None) -> None:
+    """Write the files of `save`, but for the card, into an empty folder."""
     if model.merged and not include_frozen:
         raise InputError("LoRA was merged into the LLM's weights; save them too, with include_frozen=True")
     config = copy.copy(config)
@@ -233,8 +241,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    config = copy.copy(model.config)
-    vars(config).update(origin(model))
+    config = config_for_others(model)
     local = [name for name in (getattr(config, part) for part in PARTS) if Path(name).exists()]
     if local and not include_frozen:
         cure = "push with include_frozen=True, or they must give encoder_name_or_path, llm_model_name_or_path"
@@ -252,8 +259,7 @@ def push_to_hub(
 
 def model_card(model, name: str, revision: str | None = None) -> str:
     """README.md: the parts and their revisions, data, error rate, how to use it."""
-    config = copy.copy(model.config)
-    vars(config).update(origin(model))
+    config = config_for_others(model)
     encoder, llm = config.encoder_name_or_path, config.llm_model_name_or_path
     ranks = {"LLM": config.lora_r, "encoder": config.encoder_lora_r}
     adapted = [f"LoRA of rank {rank} on the {part}" for part, rank in ranks.items() if rank]

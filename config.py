@@ -63,8 +63,7 @@ class SpeechLLMConfig(PreTrainedConfig):
         unknown = [name for name, value in inherited.items() if value != getattr(PreTrainedConfig, name, None)]
         unknown += [name for name, value in kwargs.items() if name not in known and value is not None]
         if unknown:
-            near = get_close_matches(unknown[0], known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; wanted one of {sorted(known)}"
+            hint = nearest(unknown[0], known) or f"; wanted one of {sorted(known)}"
             raise InputError(f"config: unknown field {unknown[0]!r}{hint}")
         for name in own:
             if isinstance(getattr(self, name), Path):
@@ -91,3 +90,8 @@ def check_type(name: str, value, kind) -> None:
     kinds = [get_origin(k) or k for k in kinds] + ([int] if float in kinds else [])
     if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
         raise InputError(f"config: {name} is {value!r}; wanted {' or '.join(k.__name__ for k in kinds)}")
+
+
+def nearest(name: str, names: list[str]) -> str:
+    near = get_close_matches(name.lower(), names, 1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audio import load_audio
+from audio import check_seconds, load_audio, measure
 from encoders import WINDOW
-from manifest import AUDIO, SAMPLE_RATE, BadUtterance, InputError, check_seconds, clips, measure, place, reference
+from manifest import AUDIO, SAMPLE_RATE, BadUtterance, InputError, clips, place, reference
 from prompt import END, PROMPT, SPEECH, START, conversation, render_prompt
 
 IGNORE = -100  # in labels: not trained on

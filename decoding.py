@@ -1,7 +1,7 @@
 """Hypotheses of a model for many utterances: `SpeechLLM.decode` and `SpeechLLM.transcribe`."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import SpeechDataset, collate
+from manifest import InputError
 
 
 def decode(
@@ -51,6 +52,14 @@ def decode(
         model.train(training)
 
 
+def to_decode(model, records: Sequence[dict], max_new_tokens: int) -> SpeechDataset:
+    """The dataset of records for `decode`: every line is kept, transcripts are not looked at. Raises InputError."""
+    room = model.max_length - max_new_tokens
+    if room < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens}: the LLM has {model.max_length} positions in all")
+    return model.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
+
+
 def transcribe(model, audio, **options) -> str | list[str]:
     """The transcript of an audio file (or of samples (S,) at 16 kHz); of a list, the list of transcripts.
 
@@ -58,10 +67,7 @@ def transcribe(model, audio, **options) -> str | list[str]:
     """
     many = isinstance(audio, (list, tuple))
     records = [{"where": f"audio {number}", "wav": a} for number, a in enumerate(audio if many else [audio], 1)]
-    room = model.max_length - options.get("max_new_tokens", 200)
-    if room < 1:
-        raise ValueError(f"max_new_tokens {options['max_new_tokens']}: the LLM has {model.max_length} positions in all")
-    dataset = model.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
+    dataset = to_decode(model, records, options.get("max_new_tokens", 200))
     rows = sorted(chain(*decode(model, dataset, **options)))
     for index, _, problem in rows:
         if problem:

@@ -14,10 +14,10 @@ from score import score
 
 @torch.no_grad()
 def evaluate(model: SpeechLLM, dataset: SpeechDataset, args: TrainingArguments) -> tuple[dict[str, float], list[str]]:
-    """{"loss": per trained token, "wer" or "cer": greedy}, and why utterances were skipped; shows three transcripts.
+    """{"loss": per trained token, "wer" or "cer": greedy}, and why utterances were skipped.
 
-    Of W processes each takes every W-th utterance; all get the same result. Shares are equal, as ZeRO-3 wants, so the
-    last may wrap around to the first utterances; these count once.
+    Prints the figures and three transcripts. Of W processes each takes every W-th utterance; all get the same result.
+    Shares are equal, as ZeRO-3 wants, so the last may wrap around to the first utterances; these count once.
     """
     batch_size, num_workers = args.per_device_eval_batch_size, args.dataloader_num_workers
     share = -(-len(dataset) // args.world_size)
@@ -41,9 +41,10 @@ def evaluate(model: SpeechLLM, dataset: SpeechDataset, args: TrainingArguments) 
     if not good:
         raise InputError(f"every evaluation utterance is bad; the first: {skipped[0]}")
     texts = [(reference(dataset.records[index]), row[2]) for index, row in good.items()]
-    if args.process_index == 0:
-        for spoken, written in texts[:3]:
-            print(f"  reference  {spoken}\n  hypothesis {written}")
     result = score(*zip(*texts, strict=True))
     loss = sum(row[0] for row in good.values()) / sum(row[1] for row in good.values())
+    if args.process_index == 0:
+        print(f"evaluation: loss {loss:.4f}, {result.metric.upper()} {result.all.rate:.2%}; the first lines are:")
+        for spoken, written in texts[:3]:
+            print(f"  reference  {spoken}\n  hypothesis {written}")
     return {"loss": loss, result.metric: result.all.rate}, skipped

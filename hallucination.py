@@ -38,8 +38,10 @@ LOOP_EXTRA_TOKENS = 8  # nor is one that repeats fewer tokens than this beyond w
 SPOKEN_LIKENESS = 80  # of 100: chat as like the reference as this is speech with a word misheard
 
 # CHAT is matched against _plain text: lower case, no punctuation, no apostrophes.
-TOPIC = "transcri|audio|speech|recording|spoken|provide|assist|fulfill|clarify|context|request|understand"
-TOPIC += r"|confusion|help\ (you|with)"
+TOPIC = (
+    r"transcri|audio|speech|recording|spoken|provide|assist|fulfill|clarify|context|request|understand|confusion"
+    r"|help\ (you|with)"
+)
 CHAT = re.compile(
     rf"""^(oh\ )?((im|i\ am)\ (\w+\ )?sorry|sorry|i\ apologi[sz]e|my\ apologies)\b.{{0,80}}?\b({TOPIC})\w*
     | \bas\ an?\ (ai|artificial\ intelligence|((large|ai)\ )*language\ model)\b(\ \w+){{0,3}}

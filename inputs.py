@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from dataset import collate, pad_left, speech_ids
-from manifest import AUDIO, BadUtterance, uneven_turn
+from manifest import BadUtterance, wrong_turns
 from prompt import SPEECH, conversation, render_prompt
 
 AUDIO_INPUTS = ("input_values", "input_features", "feature_lengths", "audio_attention_mask")
@@ -106,15 +106,13 @@ def of_prompts(model, prompts: list[list[dict]]) -> tuple[Tensor, Tensor, dict[s
         raise ValueError("wanted prompts, found none")
     records = []
     for number, turns in enumerate(prompts, 1):
-        if not isinstance(turns, list) or not turns or not all({"role", "content"} <= set(turn) for turn in turns):
-            raise ValueError(f"{turns}: wanted a list of turns, each with role, content and perhaps audio, a list")
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"prompt {number}: wanted a list of turns, each with role, content and perhaps audio")
         turns = [turn | {"audio": as_list(turn.get("audio", []))} for turn in turns]
-        if wrong := [turn["content"] for turn in turns if not isinstance(turn["content"], str)]:
-            raise ValueError(f"prompt {number}: content {wrong[0]}; wanted a text with {AUDIO} where audio goes")
+        if wrong := wrong_turns(turns):
+            raise BadUtterance(f"prompt {number}: {wrong}")
         if turns[-1]["role"] == "assistant":
             raise ValueError("wanted prompts whose last turn is the user's")
-        if uneven := uneven_turn(turns):
-            raise BadUtterance(f"prompt {number}: {uneven}")
         records.append({"where": f"prompt {number}", "messages": turns})
     dataset = model.make_dataset(records, max_length=model.max_length)
     batch = collate([dataset[i] for i in range(len(dataset))], with_targets=False)

@@ -7,12 +7,11 @@ records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "
 import atexit
 import json
 import os
-import re
 import sys
+import textwrap
 import warnings
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -113,13 +112,11 @@ def check_line(line: bytes, where: str, needs_text: bool) -> float:
         value = record.get(key, 0.0)
         if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN
             raise InputError(f"{where}: {key!r} is {json.dumps(value)[:40]}; wanted seconds, 0 or more")
-    for turn in record.get("messages", []):
-        texts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
-        audio = turn.get("audio", []) if isinstance(turn, dict) else []
-        if not isinstance(audio, list) or not all(isinstance(text, str) for text in texts + audio):
-            raise InputError(f"{where}: {turn} in 'messages'; wanted texts in 'role', 'content' and a list in 'audio'")
-    if uneven := uneven_turn(record.get("messages", [])):
-        raise InputError(f"{where}: {uneven}")
+    turns = record.get("messages", [])
+    if wrong := wrong_turns(turns):
+        raise InputError(f"{where}: {wrong}")
+    if not all(isinstance(path, str) for turn in turns for path in turn.get("audio", [])):
+        raise InputError(f"{where}: wanted paths in 'audio' of 'messages'")
     if record.get("end", np.inf) <= record.get("start", 0):
         raise InputError(f"{where}: start {record.get('start', 0)} and end {record['end']}; wanted start < end")
     needed = [] if "messages" in record else ["wav", "txt"] if needs_text else ["wav"]
@@ -130,8 +127,13 @@ def check_line(line: bytes, where: str, needs_text: bool) -> float:
     return record["end"] - record.get("start", 0) if "end" in record else record.get("duration", np.nan)
 
 
-def uneven_turn(turns: list[dict]) -> str | None:
-    """What is wrong if a turn has more or fewer <audio> than clips. Where no turn has any, the template places them."""
+def wrong_turns(turns: list[dict]) -> str | None:
+    """What is wrong with a conversation; where none of its turns has an <audio>, the template places them."""
+    for turn in turns:
+        texts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(turn.get("audio", []), list):
+            found = textwrap.shorten(str(turn), 80, placeholder=" ...")
+            return f"{found} in the conversation; wanted texts in 'role', 'content' and a list in 'audio'"
     counts = [(turn["content"].count(AUDIO), len(turn.get("audio", []))) for turn in turns]
     uneven = [pair for pair in counts if pair[0] != pair[1]] if any(places for places, _ in counts) else []
     return f"{uneven[0][0]} {AUDIO} in a turn with {uneven[0][1]} audio clips" if uneven else None
@@ -156,61 +158,6 @@ def clips(record: dict) -> list[tuple]:
         found = [(path, 0, None) for turn in record["messages"] for path in turn.get("audio", [])]
     folder = record.get("folder", Path())
     return [(folder / audio if isinstance(audio, (str, Path)) else audio, start, end) for audio, start, end in found]
-
-
-def seconds_of(record: dict, stated: float = np.nan) -> float:
-    """Seconds of audio in a record: as stated, else from headers. BadUtterance if a file is missing or unreadable."""
-    import soundfile
-
-    total = 0.0
-    for audio, start, end in clips(record):
-        if not isinstance(audio, Path):
-            total += len(audio) / SAMPLE_RATE
-        elif not audio.is_file():
-            raise BadUtterance(f"{audio}: no such file")
-        elif np.isnan(stated):
-            try:
-                info = soundfile.info(audio)
-                if end is None and is_cut_off(info.extra_info):
-                    raise BadUtterance(f"{audio}: cut off after {info.duration:.2f} s; its header promises more")
-                total += (info.duration if end is None else end) - start
-            except soundfile.SoundFileError as error:
-                raise BadUtterance(f"{audio}: unreadable ({error})") from None
-    return total if np.isnan(stated) else stated
-
-
-def is_cut_off(extra_info: str) -> bool:
-    """Whether a wav file has less than its header says, by what libsndfile notes of it.
-
-    Sizes of 2 GB and more mean that its writer, at the end of a pipe, could not go back and fill them in.
-    """
-    sizes = re.search(r"data : (\d+) \(should be (\d+)\)", extra_info)
-    declared, found = map(int, sizes.groups()) if sizes else (0, 0)
-    return found < 0.9 * declared and declared < 0x7FFF0000
-
-
-def measure(records: Sequence[dict], max_seconds: float | None) -> tuple[np.ndarray, dict[int, str]]:
-    """Seconds of records, from headers where their lines do not state them; and index -> what is wrong with it."""
-    durations, bad = np.zeros(len(records)), {}
-
-    def look(indices: np.ndarray) -> None:
-        for index in indices.tolist():
-            record = records[index]
-            try:
-                stated = records.durations[index] if isinstance(records, Manifest) else np.nan
-                durations[index] = seconds_of(record, stated)
-                check_seconds(durations[index], max_seconds)
-            except BadUtterance as error:
-                bad[index] = f"{place(record, index)}: {error}"
-
-    with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
-        list(pool.map(look, np.array_split(np.arange(len(records)), 64)))
-    return durations, bad
-
-
-def check_seconds(seconds: float, max_seconds: float | None) -> None:
-    if max_seconds and seconds > max_seconds + 0.01:
-        raise BadUtterance(f"{seconds:.2f} s of audio, over --max_seconds {max_seconds:g}")
 
 
 def place(record: dict, index: int) -> str:

@@ -87,7 +87,8 @@ class SpeechLLM(PreTrainedModel):
         return cls(SpeechLLMConfig(**names, **fields), device)
 
     save_pretrained, load_trained, push_to_hub = checkpoint.save, checkpoint.load_trained, checkpoint.push_to_hub
-    decode, transcribe, inputs_for_llm = decoding.decode, decoding.transcribe, inputs.inputs_for_llm
+    to_decode, decode, transcribe = decoding.to_decode, decoding.decode, decoding.transcribe
+    inputs_for_llm = inputs.inputs_for_llm
     train, saved, merge_lora = trainable.set_training, trainable.saved, trainable.merge_lora
     freeze_encoder, unfreeze_encoder = trainable.switches("encoder")
     freeze_llm, unfreeze_llm = trainable.switches("llm")

@@ -93,10 +93,7 @@ def recognize_manifest(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     wait_for_all = dist.barrier if num_processes > 1 else lambda: None
     model = load_model(args)
-    if args.max_new_tokens >= model.max_length:
-        raise InputError(f"--max_new_tokens {args.max_new_tokens}: the LLM has {model.max_length} positions in all")
-    room = model.max_length - args.max_new_tokens
-    dataset = model.make_dataset(manifest, on_bad="keep", with_targets=False, max_length=room)
+    dataset = model.to_decode(manifest, args.max_new_tokens)
     key = fingerprint(model, manifest.sha256, args.num_beams, args.max_new_tokens)
     done, foreign = read_journals(args.result_path, key)
     wait_for_all()  # all have read before anyone writes

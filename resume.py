@@ -46,13 +46,12 @@ def find_checkpoint(output_dir: str, settings: dict, given: str | None = None) -
         raise InputError(f"--resume_from_checkpoint {given}: no complete checkpoint; leave it out to take the last")
     if not folders and not given:
         return None
-    folder = max(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=Path(given or ""))
-    if given and Path(given).resolve() in [path.resolve() for path in folders if path != folder]:
-        raise InputError(f"{given} is not the last: {folder} would be overwritten; choose another --output_dir")
-    if given and step_of(folder) < step_of(Path(given)):
-        raise InputError(
-            f"--resume_from_checkpoint {given}: {folder} is there, an earlier one; choose another --output_dir"
-        )
+    folder = max(folders, key=step_of, default=Path(given or ""))
+    if given:
+        inside = Path(given).resolve().parent == Path(output_dir).resolve()
+        ahead = step_of(folder) - step_of(Path(given))
+        if ahead < 0 or (ahead and inside):
+            raise InputError(f"--resume_from_checkpoint {given}: {folder} is there too; choose another --output_dir")
     if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
         cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
         raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")

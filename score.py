@@ -19,8 +19,9 @@ from pathlib import Path
 import jiwer
 import numpy as np
 
+from audio import seconds_of
 from hallucination import UNSPACED, cut, hallucination
-from manifest import BadUtterance, InputError, Manifest, record_key, reference, run, seconds_of
+from manifest import BadUtterance, InputError, Manifest, record_key, reference, run
 
 METRICS, NORMALIZERS = ("auto", "wer", "cer"), ("none", "basic", "english")
 

@@ -119,9 +119,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if eval_dataset and args.eval_strategy == "no":
         trainer.save_model(_internal_call=True)  # first, for an evaluation can fail
-        metrics = trainer.evaluate()
-        if trainer.is_world_process_zero():
-            print(metrics)
+        trainer.evaluate()
 
     for made in filter(None, (dataset, eval_dataset)):
         trainer.skipped.update(dict.fromkeys(made.bad.values()))

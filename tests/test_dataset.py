@@ -98,10 +98,10 @@ def four(tmp_path) -> Manifest:
         ('{"messages": "hello"}', "'messages' is \"hello\"; wanted a list"),
         ('{"messages": []}', "the last of 'messages' is not the assistant's"),
         ('{"messages": [{"role": "user", "content": "hello"}]}', "the last of 'messages' is not the assistant's"),
-        ('{"messages": ["hello"]}', "hello in 'messages'; wanted"),
+        ('{"messages": ["hello"]}', "hello in the conversation; wanted"),
         (
             '{"messages": [{"role": "user"}, {"role": "assistant", "content": "hello"}]}',
-            "in 'messages'; wanted .*'content'",
+            "in the conversation; wanted .*'content'",
         ),
         ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "hello"}]}', "'content'"),
         ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "hello"}]}', "'content'"),

@@ -471,8 +471,8 @@ GOOD = '{"wav": "a.wav", "txt": "hello"}\n'
         ('{"txt": "hello"}\n', "result.txt", "hello\n", "test.jsonl:1: missing ['wav']"),
         ('{"wav": "a.wav", "txt": 5}\n', "result.txt", "hello\n", "jsonl:1: 'txt' is 5; wanted a str"),
         ('{"wav": null, "txt": "x"}\n', "result.txt", "hello\n", "jsonl:1: missing ['wav']"),
-        ('{"messages": ["hello"]}\n', "result.txt", "hello\n", "test.jsonl:1: hello in 'messages'"),
-        ('{"messages": [{"audio": 5}]}\n', "result.txt", "hello\n", "jsonl:1: {'audio': 5} in 'messages'"),
+        ('{"messages": ["hello"]}\n', "result.txt", "hello\n", "test.jsonl:1: hello in the conversation"),
+        ('{"messages": [{"audio": 5}]}\n', "result.txt", "hello\n", "jsonl:1: {'audio': 5} in the conversation"),
         (
             '{"wav": "a.wav", "txt": "x", "duration": "2"}\n',
             "result.txt",
