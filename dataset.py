@@ -1,114 +1,167 @@
-"""Examples and batches: records -> audio -> features and token ids -> one padded batch.
+"""From records to batches: audio -> samples -> features, prompt -> token ids, and the order in which they come.
 
-dataset = model.make_dataset(Manifest("train.jsonl"))
-batch = collate([dataset[0], dataset[1]])  # a dict of left-padded tensors, what SpeechLLM.forward takes
+    dataset = model.make_dataset(open_records("train.jsonl"))
+    batch = collate([dataset[0], dataset[1]])  # a dict of left-padded tensors, what SpeechLLM.forward takes
+
+Shapes: B batch, A audio windows in the batch, S samples (16 kHz), M mel bins, F feature frames (10 ms), L tokens,
+K last tokens with labels.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+import soundfile
+import soxr
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from audio import check_seconds, load_audio, measure
-from encoders import WINDOW
-from manifest import AUDIO, SAMPLE_RATE, BadUtterance, InputError, clips, place, reference
-from prompt import END, PROMPT, SPEECH, START, conversation, render_prompt
+from errors import BadUtterance, InputError
+from manifest import AUDIO, SAMPLE_RATE, Clip, Records, clips_of, transcript_of
 
+PROMPT = f"{AUDIO}\nTranscribe the speech"
+SPEECH, START, END = -1, -2, -3  # in input_ids: a speech embedding, a clip's boundary vectors; no vocabulary has them
 IGNORE = -100  # in labels: not trained on
+WINDOW = 30 * SAMPLE_RATE  # samples; longer clips are encoded in equal windows of at most so many
+SHORTEST = 400  # samples, 25 ms: the least that gives a frame of a spectrogram, or of a convolutional feature extractor
 SILENCE = 2 * SAMPLE_RATE  # samples that stand for a clip which cannot be read
-SHORTEST = 400  # samples, 25 ms: a frame of a spectrogram, or of a convolutional feature extractor
+PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
+    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
+    "{{ eos_token if turn.role == 'assistant' }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
-@dataclass(eq=False)
-class SpeechDataset(torch.utils.data.Dataset):
-    """Examples {index, prompt_ids, target_ids, features, bad} of records, ready for `collate`.
+# Audio
 
-    `on_bad`: "error" raises BadUtterance; "skip" leaves out what is known to be bad beforehand, such as a missing or
-    overlong file (see `bad`, index -> reason); "keep" keeps every line. What turns out bad only when it is read
-    becomes, unless that is an error, a silent moment without a transcript, with the reason in the example's `bad`.
+
+def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | None = None) -> np.ndarray:
+    """Samples (S,), float32, mono, 16 kHz, of a wav, flac, ogg or mp3 file (or of an array that is that already).
+
+    Channels are averaged; other rates are resampled by soxr. `start` and `end` are seconds. Raises BadUtterance.
     """
+    if isinstance(audio, (str, Path)):
+        samples = read_samples(Clip(Path(audio), start, end))
+    else:
+        samples, audio = np.asarray(audio), "audio array"
+        if not np.issubdtype(samples.dtype, np.floating):
+            raise BadUtterance(f"{audio}: samples of type {samples.dtype}; wanted floats between -1 and 1")
+        samples = samples.astype(np.float32, copy=False)
+    if samples.ndim != 1 or not samples.size:
+        raise BadUtterance(f"{audio}: the audio is empty, or of shape {samples.shape} where (S,) is wanted")
+    if not np.isfinite(samples).all():
+        raise BadUtterance(f"{audio}: the audio holds NaN or infinite samples")
+    return samples
 
-    records: Sequence[dict]
-    tokenizer: Callable
-    extract: Callable[[np.ndarray], Tensor]  # samples (S,) -> what the encoder takes: (F, M), or samples again
-    speech_lengths: Sequence[int]  # [length of features] -> the embeddings that the model makes of them
-    prompt: str = PROMPT
-    system_prompt: str | None = None
-    boundary_tokens: bool = False
-    max_length: int | None = None  # LLM positions of prompt, speech and transcript together
-    max_seconds: float | None = None
-    on_bad: str = "error"
-    with_targets: bool = True  # transcripts, to train on or to evaluate; decoding needs none
 
-    def __post_init__(self):
-        count = len(self.records)
-        self.durations, self.bad = measure(self.records, self.max_seconds)  # seconds; index -> reason
-        if self.bad and self.on_bad == "error":
-            more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
-            raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
-        if self.on_bad == "skip" and len(self.bad) == count:
-            raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
-        self.indices = np.array([i for i in range(count) if self.on_bad != "skip" or i not in self.bad])
+def read_samples(clip: Clip) -> np.ndarray:
+    """Samples (S,) of a clip of a file, mono, 16 kHz."""
+    with open_audio(clip) as file:
+        rate, first = file.samplerate, round(clip.start * file.samplerate)
+        last = file.frames if clip.end is None else round(clip.end * rate)
+        if not 0 <= first < max(last, 1) <= file.frames + 0.1 * rate:  # rounded ends may lie a little outside
+            raise BadUtterance(f"{clip.audio}: segment {clip.start} to {clip.end} s of {file.frames / rate:.2f} s")
+        if first:  # some formats cannot seek
+            file.seek(first)
+        samples = file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)  # (S, channels) -> (S,)
+    return soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
 
-    def check_length(self, example: dict) -> None:
-        prompt, target = len(example["prompt_ids"]), len(example["target_ids"])
-        if self.max_length is not None and prompt + target > self.max_length:
-            parts = f"{prompt} positions of prompt and speech and {target} of transcript"
-            raise BadUtterance(f"{parts} do not fit in {self.max_length} (--model_max_length, or the LLM's context)")
 
-    def __len__(self) -> int:
-        return len(self.indices)
+def audio_seconds(record: dict) -> float:
+    """Seconds of audio in a record, from the headers of its files. Raises BadUtterance if one cannot be read."""
+    total = 0.0
+    for clip in clips_of(record):
+        if not isinstance(clip.audio, Path):
+            total += len(clip.audio) / SAMPLE_RATE
+            continue
+        with open_audio(clip) as file:
+            total += (file.frames / file.samplerate if clip.end is None else clip.end) - clip.start
+    return total
 
-    def __getitem__(self, position: int) -> dict:
-        index = int(self.indices[position])
-        record = self.records[index]
+
+@contextmanager
+def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
+    """The file of a clip. Raises BadUtterance if it is missing, unreadable, or ends before its header says."""
+    try:
+        with soundfile.SoundFile(clip.audio) as file:
+            if clip.end is None and lacks_data(file.extra_info):
+                seconds = file.frames / file.samplerate
+                raise BadUtterance(f"{clip.audio}: cut off after {seconds:.2f} s; its header promises more")
+            yield file
+    except (OSError, soundfile.SoundFileError) as error:
+        problem = f"unreadable ({error})" if clip.audio.is_file() else "no such file"
+        raise BadUtterance(f"{clip.audio}: {problem}; wanted a wav, flac, ogg or mp3 file") from None
+
+
+def lacks_data(extra_info: str) -> bool:
+    """Whether a wav file has less data than its header says, by what libsndfile notes of it.
+
+    Sizes of 2 GB and more mean that its writer, at the end of a pipe, could not go back and fill them in.
+    """
+    sizes = re.search(r"data : (\d+) \(should be (\d+)\)", extra_info)
+    declared, present = map(int, sizes.groups()) if sizes else (0, 0)
+    return present < 0.9 * declared and declared < 0x7FFF0000
+
+
+# Prompts
+
+
+def set_chat_template(tokenizer, template: str | None) -> None:
+    """Give the tokenizer a template in place of its own. A base LLM has none: it gets a plain one, and a warning."""
+    if template:
+        tokenizer.chat_template = template
+    elif tokenizer.chat_template is None:
+        warnings.warn(f"{tokenizer.name_or_path}: no chat template; taking a plain one, 'user: ...'", stacklevel=2)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+
+
+def conversation(prompt: str, system_prompt: str | None = None) -> list[dict]:
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def render_prompt(tokenizer, messages: list[dict]) -> tuple[list[list[int]], int]:
+    """Token ids of the pieces of a conversation around each <audio>, up to the answer; and the id of its end token.
+
+    The chat template is rendered as text, split at <audio> and tokenised piece by piece, so the vocabulary needs no
+    new token. The end token is what the template puts after an answer, else the tokenizer's eos. Raises BadUtterance
+    where the template refuses the conversation (Mistral's and Gemma's know no system prompt, for one).
+    """
+    turns = json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in messages])
+    return render_template(tokenizer, tokenizer.chat_template, turns)
+
+
+@lru_cache(maxsize=64)  # most records have the same prompt
+def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[list[int]], int]:
+    """What render_prompt gives; `turns` are JSON, which can be a key of the cache."""
+
+    def render(messages: list[dict], **options) -> str:  # thinking models are told not to think, LLaMA 3 a fixed date
+        options |= {"chat_template": chat_template, "enable_thinking": False, "date_string": "26 Jul 2024"}
         try:
-            example = self.build(record)
-            self.check_length(example)
-            return {"index": index, "bad": None, **example}
-        except BadUtterance as error:
-            reason = f"{place(record, index)}: {error}"
-            if self.on_bad == "error":
-                raise BadUtterance(reason) from None
-            silence = {"wav": np.zeros(SILENCE, np.float32)}
-            return {"index": index, "bad": reason, **self.build(silence), "target_ids": []}
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except TemplateError as error:
+            raise BadUtterance(f"the chat template refuses the conversation ({error})") from None
 
-    def build(self, record: dict) -> dict:
-        """Features and token ids of one record; BadUtterance if its audio or its length does not do."""
-        samples = [load_audio(*clip) for clip in clips(record)]
-        if not samples:
-            raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
-        check_seconds(sum(map(len, samples)) / SAMPLE_RATE, self.max_seconds)
-        features = [self.windows(clip) for clip in samples]
-        counts = [int(sum(self.speech_lengths[len(window)] for window in clip)) for clip in features]
-        if 0 in counts:
-            seconds = len(samples[counts.index(0)]) / SAMPLE_RATE
-            raise BadUtterance(f"{seconds:.3f} s of audio are too short for a single speech embedding")
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
 
-        transcript = reference(record)
-        messages = conversation(record.get("prompt", self.prompt), self.system_prompt)
-        if "messages" in record:
-            messages = record["messages"][: None if transcript is None else -1]
-        asked = [{"role": turn["role"], "content": turn["content"]} for turn in messages]  # the same for other clips
-        pieces, end_id = render_prompt(self.tokenizer, json.dumps(asked))
-        if len(pieces) != len(counts) + 1:
-            raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
-        prompt_ids = list(pieces[0])
-        for count, piece in zip(counts, pieces[1:], strict=True):
-            prompt_ids += speech_ids(count, self.boundary_tokens) + piece
-        target_ids = []
-        if transcript is not None and self.with_targets:
-            target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
-        return {"prompt_ids": prompt_ids, "target_ids": target_ids, "features": [w for clip in features for w in clip]}
-
-    def windows(self, samples: np.ndarray) -> list[Tensor]:
-        """Features of a clip; over 30 s, of its equal windows of at most 30 s."""
-        windows = np.array_split(samples, -(-len(samples) // WINDOW))
-        return [self.extract(window) if len(window) >= SHORTEST else torch.zeros(0) for window in windows]
+    messages = json.loads(turns)
+    pieces = [tokenize(text) for text in render(messages, add_generation_prompt=True).split(AUDIO)]
+    answer = "Seven."
+    _, shows_answer, after = render([*messages, {"role": "assistant", "content": answer}]).rpartition(answer)
+    special = [token for token in tokenize(after) if token in tokenizer.added_tokens_decoder]
+    end_id = special[0] if shows_answer and special else tokenizer.eos_token_id
+    if end_id is None:
+        raise InputError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer has an end token")
+    return pieces, end_id
 
 
 def speech_ids(count: int, boundary_tokens: bool) -> list[int]:
@@ -116,9 +169,134 @@ def speech_ids(count: int, boundary_tokens: bool) -> list[int]:
     return [START, *[SPEECH] * count, END] if boundary_tokens else [SPEECH] * count
 
 
-def pad_left(rows: list[list[int]], value: int) -> Tensor:
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+# Examples
+
+
+@dataclass(eq=False)
+class SpeechDataset(torch.utils.data.Dataset):
+    """Examples {index, prompt_ids, target_ids, features, bad} of records, ready for `collate`.
+
+    An example is made in three steps: `load` (samples) -> `augment` (training only) -> `render` (features and ids).
+    dataset[position] is an example of epoch 0, dataset[epoch, position] of a later one.
+
+    `on_bad`: "error" raises BadUtterance; "skip" leaves out what is known to be bad beforehand, such as a missing or
+    overlong file (see `bad`, index -> reason); "keep" keeps every line. What turns out bad only when it is read
+    becomes, unless that is an error, a silent moment without a transcript, with the reason in the example's `bad`.
+    """
+
+    records: Records
+    tokenizer: Callable
+    extract: Callable[[np.ndarray], Tensor]  # samples (S,) -> what the encoder takes: features (F, M), or samples again
+    embedding_counts: np.ndarray  # [length of features] -> speech embeddings that the model makes of them
+    prompt: str = PROMPT
+    system_prompt: str | None = None
+    boundary_tokens: bool = False
+    pad_to_30s: bool = False
+    max_length: int | None = None  # LLM positions of prompt, speech and transcript together
+    max_seconds: float | None = None  # None or 0 = any
+    on_bad: str = "error"
+    with_targets: bool = True  # transcripts, to train on or to evaluate; decoding needs none
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # samples (S,) -> samples (S',)
+    seed: int = 0  # of the augmentation
+
+    def __post_init__(self):
+        self.durations, self.bad = self.measure()
+        if self.bad and self.on_bad == "error":
+            more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
+            raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
+        if self.on_bad == "skip" and len(self.bad) == len(self.records):
+            raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
+        left_out = self.bad if self.on_bad == "skip" else {}
+        self.indices = np.array([index for index in range(len(self.records)) if index not in left_out])
+
+    def measure(self) -> tuple[np.ndarray, dict[int, str]]:
+        """Seconds of every record, from headers where it does not state them; and what is wrong, by index."""
+        durations, bad = np.array(self.records.durations, dtype=float), {}
+
+        def read_headers(indices: np.ndarray) -> None:
+            for index in indices.tolist():
+                record = self.records[index]
+                try:
+                    durations[index] = audio_seconds(record)
+                except BadUtterance as error:
+                    bad[index] = f"{record['where']}: {error}"
+
+        with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
+            list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
+        if self.max_seconds:
+            for index in np.flatnonzero(durations > self.max_seconds + 0.01).tolist():
+                bad[index] = f"{self.records[index]['where']}: {self.too_long(durations[index])}"
+        return np.nan_to_num(durations), bad
+
+    def too_long(self, seconds: float) -> str:
+        return f"{seconds:.2f} s of audio, over --max_seconds {self.max_seconds:g}"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int | tuple[int, int]) -> dict:
+        epoch, position = position if isinstance(position, tuple) else (0, position)
+        index = int(self.indices[position])
+        record = self.records[index]
+        try:
+            clips = self.load(record)
+            if self.augment:
+                random = np.random.default_rng([self.seed, epoch, index])  # the same in any process, at any time
+                clips = [self.augment(samples, random) for samples in clips]
+            return {"index": index, "bad": None, **self.render(record, clips)}
+        except BadUtterance as error:
+            reason = f"{record['where']}: {error}"
+            if self.on_bad == "error":
+                raise BadUtterance(reason) from None
+            silence = self.render({"txt": ""}, [np.zeros(SILENCE, np.float32)], check_length=False)
+            return {"index": index, "bad": reason, **silence, "target_ids": []}
+
+    def load(self, record: dict) -> list[np.ndarray]:
+        """Samples (S,) of each clip of a record. Raises BadUtterance."""
+        clips = [load_audio(*clip) for clip in clips_of(record)]
+        if not clips:
+            raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
+        seconds = sum(map(len, clips)) / SAMPLE_RATE
+        if self.max_seconds and seconds > self.max_seconds + 0.01:
+            raise BadUtterance(self.too_long(seconds))
+        return clips
+
+    def render(self, record: dict, clips: list[np.ndarray], check_length: bool = True) -> dict:
+        """Features and token ids of a record and the samples of its clips. Raises BadUtterance."""
+        features = [self.windows(samples) for samples in clips]
+        counts = [sum(int(self.embedding_counts[len(window)]) for window in windows) for windows in features]
+        if 0 in counts:
+            seconds = len(clips[counts.index(0)]) / SAMPLE_RATE
+            raise BadUtterance(f"{seconds:.3f} s of audio are too short for a single speech embedding")
+
+        transcript = transcript_of(record)
+        messages = conversation(record.get("prompt", self.prompt), self.system_prompt)
+        if "messages" in record:  # whose last turn, if the assistant's, is the transcript
+            messages = record["messages"] if transcript is None else record["messages"][:-1]
+        pieces, end_id = render_prompt(self.tokenizer, messages)
+        if len(pieces) != len(counts) + 1:
+            raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
+        prompt_ids = list(pieces[0])
+        for count, piece in zip(counts, pieces[1:], strict=True):
+            prompt_ids += speech_ids(count, self.boundary_tokens) + piece
+
+        target_ids = []
+        if transcript is not None and self.with_targets:
+            target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
+        if check_length and self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
+            sizes = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript"
+            raise BadUtterance(f"{sizes} do not fit in {self.max_length} (--model_max_length, or the LLM's context)")
+        return {"prompt_ids": prompt_ids, "target_ids": target_ids, "features": sum(features, [])}
+
+    def windows(self, samples: np.ndarray) -> list[Tensor]:
+        """Features (F, M) of a clip (S,); over 30 s, of its equal windows of at most 30 s."""
+        if self.pad_to_30s:
+            samples = np.pad(samples, (0, max(WINDOW - len(samples), 0)))
+        windows = np.array_split(samples, -(-len(samples) // WINDOW))
+        return [self.extract(window) if len(window) >= SHORTEST else torch.zeros(0) for window in windows]
+
+
+# Batches
 
 
 def collate(examples: list[dict], with_targets: bool = True) -> dict:
@@ -129,15 +307,72 @@ def collate(examples: list[dict], with_targets: bool = True) -> dict:
     with its end token. Without targets (for decoding) the ids end with the prompt. `index` and `bad` are lists, one
     entry an example.
     """
-    targets = [e["target_ids"] if with_targets else [] for e in examples]
-    ids = [e["prompt_ids"] + target for e, target in zip(examples, targets, strict=True)]
-    features = [window for e in examples for window in e["features"]]
+    targets = [example["target_ids"] if with_targets else [] for example in examples]
+    ids = [example["prompt_ids"] + target for example, target in zip(examples, targets, strict=True)]
+    features = [window for example in examples for window in example["features"]]
     return {
         "input_ids": pad_left(ids, 0),
         "attention_mask": pad_left([[1] * len(row) for row in ids], 0),
-        "labels": pad_left(targets, IGNORE),
+        "labels": pad_left(targets, IGNORE),  # from lengths, never from ids: many LLMs pad with their end token
         "input_values" if features[0].ndim == 1 else "input_features": pad_sequence(features, batch_first=True),
         "feature_lengths": torch.tensor([len(window) for window in features]),
-        "index": [e["index"] for e in examples],
-        "bad": [e["bad"] for e in examples],
+        "index": [example["index"] for example in examples],
+        "bad": [example["bad"] for example in examples],
     }
+
+
+def pad_left(rows: list[list[int]], value: int) -> Tensor:
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """(A, size), True where a position lies inside its row's length (A,)."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+class LengthSampler(torch.utils.data.Sampler):
+    """(epoch, position) in a random order in which each run of `batch_size` has similar lengths.
+
+    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again; without
+    `by_length` they are only shuffled. The last batch is filled up with positions that come twice, or dropped, so that
+    any number of processes sees the same batches. The order depends on the seed and the epoch alone, so a resumed run
+    sees what the first would have seen.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int] = lambda: 0,
+        by_length: bool = True,
+        drop_last: bool = False,
+    ):
+        self.lengths, self.batch_size, self.seed, self.epoch, self.by_length = (
+            lengths,
+            batch_size,
+            seed,
+            epoch,
+            by_length,
+        )
+        count = len(lengths)
+        self.num_batches = count // batch_size if drop_last else -(-count // batch_size)
+        if drop_last and not self.num_batches:
+            raise InputError(f"--dataloader_drop_last: {count} utterances do not fill one batch of {batch_size}")
+        if 0 < count < batch_size:
+            times = f"{batch_size / count:.1f} times an epoch"
+            warnings.warn(f"{count} utterances fill a batch of {batch_size}: each comes {times}", stacklevel=2)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, size = self.epoch(), self.batch_size
+        random = np.random.default_rng([self.seed, epoch])
+        order = np.resize(random.permutation(len(self.lengths)), len(self))
+        if self.by_length:
+            groups = np.split(order, range(50 * size, len(order), 50 * size))
+            order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
+            order = random.permutation(order.reshape(-1, size)).ravel()
+        return ((epoch, position) for position in order.tolist())

@@ -37,7 +37,7 @@ LOOP_REPEATS = 4  # an n-gram that stands fewer times than this in a row is no l
 LOOP_EXTRA_TOKENS = 8  # nor is one that repeats fewer tokens than this beyond what the reference repeats
 SPOKEN_LIKENESS = 80  # of 100: chat as like the reference as this is speech with a word misheard
 
-# CHAT is matched against _plain text: lower case, no punctuation, no apostrophes.
+# CHAT is matched against plain text: lower case, no punctuation, no apostrophes.
 TOPIC = (
     r"transcri|audio|speech|recording|spoken|provide|assist|fulfill|clarify|context|request|understand|confusion"
     r"|help\ (you|with)"
@@ -69,68 +69,69 @@ def hallucination(reference: str, hypothesis: str, duration_seconds: float | Non
     """Why the hypothesis is no attempt at a transcript, or None. The rules stand at the top of this file."""
     if hypothesis == reference:
         return None
-    written = _plain(hypothesis)
-    if (chat := CHAT.search(written)) and not _is_spoken(chat.group(), _plain(reference)):
-        return f'chat: "{cut(chat.group(), 60)}"'
-    if loop := _find_loop(written, reference):
+    plain_hypothesis = plain_text(hypothesis)
+    if (chat := CHAT.search(plain_hypothesis)) and not is_spoken(chat.group(), plain_text(reference)):
+        return f'chat: "{shorten(chat.group(), 60)}"'
+    if loop := find_loop(plain_hypothesis, reference):
         return loop
     limit = float("inf") if duration_seconds is None else duration_seconds + GRACE_SECONDS
-    if _shortest_seconds(hypothesis) > limit >= _shortest_seconds(reference):
+    if least_seconds(hypothesis) > limit >= least_seconds(reference):
         return f"too long: {len(''.join(hypothesis.split())):,} characters in {duration_seconds:.2f} s"
     return None
 
 
-def _plain(text: str) -> str:
-    """Lower case, no punctuation, no apostrophes; spaces only in scripts that have them between words."""
+def plain_text(text: str) -> str:
+    """Lower case, no punctuation, symbols or apostrophes; spaces only in scripts that have them between words."""
     text = re.sub("['’‘`]", "", unicodedata.normalize("NFKC", text).casefold())
-    text = re.sub(r"[^\w\s]", lambda m: " " if unicodedata.category(m[0])[0] in "PSC" else m[0], text)
+    text = re.sub(r"[^\w\s]", lambda match: " " if unicodedata.category(match[0])[0] in "PSC" else match[0], text)
     return re.sub(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(text.split()))
 
 
-def _is_spoken(phrase: str, text: str) -> bool:
+def is_spoken(phrase: str, text: str) -> bool:
     """Whether `text` holds assistant talk itself, or a stretch that is much like `phrase`."""
     # partial_ratio looks for the shorter in the longer: it would find a text of one word in any phrase.
     likeness = fuzz.partial_ratio(phrase, text) if len(phrase) <= len(text) else fuzz.ratio(phrase, text)
     return likeness >= SPOKEN_LIKENESS or CHAT.search(text) is not None
 
 
-def _find_loop(written: str, reference: str) -> str | None:
-    """What n-gram the _plain text repeats over and over, and the reference does not, as a reason; or None."""
-    tokens = _tokens(written)
+def find_loop(plain_hypothesis: str, reference: str) -> str | None:
+    """The n-gram that the hypothesis repeats over and over, and the reference does not, as a reason; or None."""
+    tokens = tokens_of(plain_hypothesis)
     if max(Counter(tokens).values(), default=0) < LOOP_REPEATS:
         return None  # most lines end here
-    spoken = _tokens(_plain(reference))
+    reference_tokens = tokens_of(plain_text(reference))
     for n in range(1, len(tokens) // LOOP_REPEATS + 1):
-        repeated, end = _longest_repetition(tokens, n)
-        extra = repeated - _longest_repetition(spoken, n)[0]
-        if repeated >= n * (LOOP_REPEATS - 1) and extra >= LOOP_EXTRA_TOKENS:
-            ngram = _plain(" ".join(tokens[end - n + 1 : end + 1]))
-            return f'loop: "{cut(ngram, 60)}" {repeated // n + 1} times in a row'
+        num_repeated, last = longest_repetition(tokens, n)
+        num_spoken, _ = longest_repetition(reference_tokens, n)
+        if num_repeated >= n * (LOOP_REPEATS - 1) and num_repeated - num_spoken >= LOOP_EXTRA_TOKENS:
+            ngram = plain_text(" ".join(tokens[last - n + 1 : last + 1]))
+            return f'loop: "{shorten(ngram, 60)}" {num_repeated // n + 1} times in a row'
     return None
 
 
-def _tokens(text: str) -> list[str]:
+def tokens_of(text: str) -> list[str]:
     """Words; characters in Chinese, Japanese and Thai."""
     return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
 
 
-def _longest_repetition(tokens: list[str], n: int) -> tuple[int, int]:
+def longest_repetition(tokens: list[str], n: int) -> tuple[int, int]:
     """(length, last index) of the longest run of tokens like the one n before. no no no, n = 1: (2, 2)."""
-    longest = run = end = 0
+    longest = run = last = 0
     for index in range(n, len(tokens)):
         run = run + 1 if tokens[index] == tokens[index - n] else 0
         if run > longest:
-            longest, end = run, index
-    return longest, end
+            longest, last = run, index
+    return longest, last
 
 
-def _shortest_seconds(text: str) -> float:
+def least_seconds(text: str) -> float:
     """The least time in which the text could be said."""
     num_syllabic = len(re.findall(f"[{SYLLABIC}]", text))
     num_letters = len("".join(text.split())) - num_syllabic
     return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND
 
 
-def cut(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
+    """The text on one line of at most `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,120 +1,100 @@
-"""What the LLM is given, from audio and text in any form: `SpeechLLM.inputs_for_llm`, and conversations."""
+"""Raw tensors in place of a batch of `collate`: what transformers' feature extractors and tokenizers return."""
 
-import json
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-from dataset import collate, pad_left, speech_ids
-from manifest import BadUtterance, wrong_turns
-from prompt import SPEECH, conversation, render_prompt
-
-AUDIO_INPUTS = ("input_values", "input_features", "feature_lengths", "audio_attention_mask")
+from dataset import SPEECH, pad_left, speech_ids
+from manifest import SAMPLE_RATE
 
 
-def inputs_for_llm(
-    model,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    input_values: Tensor | None = None,
-    input_features: Tensor | None = None,
-    feature_lengths: Tensor | None = None,
-    audio_attention_mask: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """inputs_embeds (B, L, H), attention_mask (B, L) of text and audio, in any of these forms:
+def batch_from_tensors(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    audio: dict[str, Tensor],
+    encoder: nn.Module,
+    num_embeddings: Callable[[Tensor], Tensor],
+    prompt_pieces: list[list[int]],
+    boundary_tokens: bool,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """input_ids, attention_mask (B, L), and {features, feature_lengths}, as `collate` makes them.
 
-    a batch of `collate`, whose input_ids hold placeholders for the speech; or what the model's feature_extractor
-    returns, its mask as audio_attention_mask, one clip a row, which goes before input_ids, or into the model's prompt.
-    Raises ValueError where shapes, or the counts of clips, rows or placeholders, do not fit.
+    `audio` is what the encoder's feature extractor returns, one clip a row, its mask as audio_attention_mask. It goes
+    to the placeholders of input_ids, or before input_ids where they have none, or, without any, into the model's own
+    prompt (`prompt_pieces` before and after the clip). Raises ValueError where shapes, or the counts of clips and rows,
+    do not fit.
     """
-    given = [tensor for tensor in (input_values, input_features) if tensor is not None]
-    if len(given) != 1:
+    values, features = audio.get("input_values"), audio.get("input_features")
+    if (features is None) == (values is None):
         raise ValueError("wanted audio: input_values or input_features, as model.feature_extractor returns them")
-    (features,) = given
-    if attention_mask is None and input_ids is not None:
-        attention_mask = torch.ones_like(input_ids)
-    if input_ids is not None:
-        want("input_ids", input_ids, "B", "L")
-        want("attention_mask", attention_mask, *input_ids.shape)
-    if feature_lengths is None and isinstance(model.feature_extractor, WhisperFeatureExtractor):
-        want("input_features", features, "A", *model.feature_shape, "F")
-        features = features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
-    want(model.encoder.input_name, features, "A", "F" if model.feature_shape else "S", *model.feature_shape)
-    if feature_lengths is None:
-        mask = audio_attention_mask
-        full = torch.full((len(features),), features.shape[1], device=features.device)
-        if mask is not None:
-            want("audio_attention_mask", mask, *features.shape[:2])
-            if (mask.long().diff(dim=1) > 0).any():
-                raise ValueError(
-                    "audio_attention_mask: found padding before audio; wanted it behind, padding_side=right"
-                )
-        feature_lengths = full if mask is None else mask.long().sum(1)
-    want("feature_lengths", feature_lengths, len(features))
-    if input_ids is None or not (input_ids == SPEECH).any():
+    features = audio_features(encoder, features, values)
+    feature_lengths = audio_lengths(features, audio.get("audio_attention_mask"))
+    name = "input_features" if features.ndim == 3 else "input_values"
+    audio = {name: features, "feature_lengths": feature_lengths}
+    if input_ids is None:
+        before, after = prompt_pieces
+        input_ids = attention_mask = features.new_zeros((len(features), 0), dtype=torch.long)
+    else:
         before, after = [], []
-        if input_ids is None:
-            asked = conversation(model.config.prompt, model.config.system_prompt)
-            (before, after), _ = render_prompt(model.tokenizer, json.dumps(asked))
-            input_ids = attention_mask = features.new_zeros((len(features), 0), dtype=torch.long)
-        if len(input_ids) != len(features):
-            raise ValueError(f"{len(input_ids)} rows of input_ids for {len(features)} clips")
-        counts = model.speech_lengths(feature_lengths).tolist()
-        if 0 in counts:
-            raise ValueError(f"clip {counts.index(0) + 1} is too short for a single speech embedding")
-        rows = [before + speech_ids(count, model.config.audio_boundary_tokens) + after for count in counts]
-        ids, mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
-        # padding on the left of the text goes to the left of its clip; on the right, it stays there beside its labels
-        lead = torch.cat([mask == 0, attention_mask.cumsum(1) == 0], 1)
-        order = (~lead).long().argsort(dim=1, stable=True)
-        input_ids = torch.cat([ids, input_ids], 1).gather(1, order)
-        attention_mask = torch.cat([mask, attention_mask], 1).gather(1, order)
-    return {"inputs_embeds": model.embed(input_ids, features, feature_lengths), "attention_mask": attention_mask}
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_shape("input_ids", input_ids, "B", "L")
+        check_shape("attention_mask", attention_mask, *input_ids.shape)
+    if (input_ids == SPEECH).any():
+        return input_ids, attention_mask, audio
+
+    if len(input_ids) != len(features):
+        raise ValueError(f"{len(input_ids)} rows of input_ids for {len(features)} clips")
+    counts = num_embeddings(feature_lengths).tolist()
+    if 0 in counts:
+        raise ValueError(f"clip {counts.index(0) + 1} is too short for a single speech embedding")
+    rows = [before + speech_ids(count, boundary_tokens) + after for count in counts]
+    speech, speech_mask = (pad_left(r, 0).to(features.device) for r in (rows, [[1] * len(row) for row in rows]))
+    # Padding on the left of the text goes to the left of its clip; on the right, it stays there beside its labels.
+    is_left_padding = torch.cat([speech_mask == 0, attention_mask.cumsum(1) == 0], 1)
+    order = (~is_left_padding).long().argsort(dim=1, stable=True)
+    input_ids = torch.cat([speech, input_ids], 1).gather(1, order)
+    attention_mask = torch.cat([speech_mask, attention_mask], 1).gather(1, order)
+    return input_ids, attention_mask, audio
 
 
-def want(name: str, tensor: Tensor, *shape: int | str) -> None:
+def audio_features(encoder: nn.Module, input_features: Tensor | None, input_values: Tensor | None) -> Tensor:
+    """Features (A, F, M) or samples (A, S) of the kind that the encoder takes. Raises ValueError for another shape."""
+    frame_shape = encoder.extract(torch.zeros(SAMPLE_RATE).numpy()).shape[1:]  # (M,), or () of samples
+    if not frame_shape:
+        if input_values is None:
+            raise ValueError("wanted input_values (A, S): this encoder takes samples")
+        check_shape("input_values", input_values, "A", "S")
+        return input_values
+    if input_features is None:
+        raise ValueError("wanted input_features: this encoder takes features")
+    if isinstance(encoder.feature_extractor, WhisperFeatureExtractor):
+        check_shape("input_features", input_features, "A", *frame_shape, "F")
+        return input_features.transpose(1, 2)  # (A, M, F) -> (A, F, M)
+    check_shape("input_features", input_features, "A", "F", *frame_shape)
+    return input_features
+
+
+def audio_lengths(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Valid feature frames, or samples, of each clip (A,). Raises ValueError for a mask that cannot tell."""
+    if mask is None:
+        return torch.full((len(features),), features.shape[1], device=features.device)
+    check_shape("audio_attention_mask", mask, *features.shape[:2])
+    if (mask.long().diff(dim=1) > 0).any():
+        raise ValueError("audio_attention_mask: found padding before audio; wanted it behind, padding_side=right")
+    return mask.long().sum(1)
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
     """Raise ValueError unless a tensor has this shape; a letter in it is any size."""
     sizes = zip(tensor.shape, shape, strict=False)
     if tensor.ndim != len(shape) or any(size != wanted for size, wanted in sizes if not isinstance(wanted, str)):
         raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, wanted ({', '.join(map(str, shape))})")
 
 
-def predictable(labels: Tensor, rows: int, length: int) -> Tensor:
-    """Labels (B, K) of the last K of L positions, without the first position's, which nothing predicts."""
-    want("labels", labels, rows, "K")
-    if labels.shape[1] > length:
-        raise ValueError(f"labels: found shape {tuple(labels.shape)} for {length} positions of audio and text together")
-    return labels[:, -(length - 1) :]
-
-
 def pad_to_the_left(inputs_embeds: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     """The same with all padding on the left, from where generate goes on."""
     order = attention_mask.long().argsort(dim=1, stable=True)  # (B, L)
-    embeds = inputs_embeds.gather(1, order.unsqueeze(2).expand_as(inputs_embeds))
+    embeds = inputs_embeds.gather(1, order.unsqueeze(2).expand_as(inputs_embeds))  # (B, L, H)
     return {"inputs_embeds": embeds, "attention_mask": attention_mask.gather(1, order)}
-
-
-def as_list(audio) -> list:
-    """The clips of a turn; one alone, a path or samples (S,), may stand without its list."""
-    return list(audio) if isinstance(audio, (list, tuple)) else [audio]
-
-
-def of_prompts(model, prompts: list[list[dict]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(input_ids, attention_mask, audio inputs) of conversations; BadUtterance for one that does not add up."""
-    if not prompts:
-        raise ValueError("wanted prompts, found none")
-    records = []
-    for number, turns in enumerate(prompts, 1):
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"prompt {number}: wanted a list of turns, each with role, content and perhaps audio")
-        turns = [turn | {"audio": as_list(turn.get("audio", []))} for turn in turns]
-        if wrong := wrong_turns(turns):
-            raise BadUtterance(f"prompt {number}: {wrong}")
-        if turns[-1]["role"] == "assistant":
-            raise ValueError("wanted prompts whose last turn is the user's")
-        records.append({"where": f"prompt {number}", "messages": turns})
-    dataset = model.make_dataset(records, max_length=model.max_length)
-    batch = collate([dataset[i] for i in range(len(dataset))], with_targets=False)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in ("index", "bad", "labels")}
-    return batch.pop("input_ids"), batch.pop("attention_mask"), batch

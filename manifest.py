@@ -1,81 +1,92 @@
-"""Records: the lines of a manifest, checked when it is opened and read from disk when asked for.
+"""What goes in and what comes out: records of a manifest, options of decoding, hypotheses.
 
-records = Manifest("train.jsonl")
+records = open_records("train.jsonl")
 records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "folder": Path(".")}
 """
 
-import atexit
 import json
 import os
-import sys
-import textwrap
-import warnings
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-SAMPLE_RATE = 16000  # of audio that is given as an array
+from errors import InputError
+
+SAMPLE_RATE = 16000  # Hz, of audio that is given as an array, and of all audio once it is loaded
 AUDIO = "<audio>"  # in a prompt: the speech goes here
-KINDS = {"wav": str, "txt": str, "prompt": str, "messages": list, "key": (str, int, float)}
+TYPES = {"wav": str, "txt": str, "prompt": str, "messages": list, "key": (str, int, float)}
+SECONDS = ("start", "end", "duration")  # keys of a record
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows put it before the first line
 
 
-class InputError(ValueError):
-    """Something the user gave us is wrong. The message is one line: where, what, what was wanted, the cure."""
+class Records(Protocol):
+    """What every source of data is turned into; the rest of the system knows nothing else of it."""
+
+    durations: np.ndarray  # (len,) seconds of audio, NaN where only the audio itself would tell
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict:
+        """The keys of a manifest's line, "where" it comes from, and the "folder" that paths are relative to.
+
+        Where a manifest has the path of audio, there may be 16 kHz samples (S,) here.
+        """
+
+    def fingerprint(self, count: int | None = None) -> str:
+        """Tells these records, or the first `count` of them, from all others; a resumed run compares it."""
 
 
-class BadUtterance(InputError):
-    """One line of a manifest cannot be used: its audio is unreadable, empty or too long, or its text does not fit."""
+def open_records(source: str | Path, needs_text: bool = True) -> Records:
+    """The records of a manifest, or of another source: KIND:PLACE, with the kinds of sources.py. Raises InputError."""
+    kind, colon, place = str(source).partition(":")
+    if not colon or Path(source).exists():
+        return Manifest(source, needs_text)
+    from sources import SOURCES  # an option
 
-
-def run(main: Callable[[], None]) -> None:
-    """Call a command's `main`; wrong input becomes one line on standard error and exit status 2.
-
-    Of several processes, each leaves without Python's teardown, in which torch 2.13 may abort it (Python < 3.14):
-    gloo's threads, which DDP keeps alive, want the GIL to let go of the last collective's tensors.
-    """
-    status = 0
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        main()
-    except InputError as error:  # a DataLoader worker wraps the message in its traceback: the last part is ours
-        cure = "; mend it, or pass --on_bad_audio skip" if isinstance(error, BadUtterance) else ""
-        from tqdm.auto import tqdm  # takes a progress bar off the line first
-
-        tqdm.write(f"error: {str(error).strip().rsplit('BadUtterance: ', 1)[-1]}{cure}", file=sys.stderr)
-        status = 2
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    if status:
-        sys.exit(status)
+    if kind not in SOURCES:
+        raise InputError(f"{source}: no such file, and no source {kind!r}; wanted one of {', '.join(SOURCES)}")
+    return SOURCES[kind](place, needs_text)
 
 
 class Manifest(Sequence):
     """The records of a JSON-lines file, read from disk when asked for: 16 bytes of memory a line.
 
-    Opening it checks every line and raises InputError with the number of the first bad one. `durations` (seconds,
-    NaN where the line does not tell) and `sha256` (of the file) come from the same pass.
+    Opening it parses and checks every line once, and raises InputError with the number of the first bad one. The
+    duration of a line whose audio file is missing is NaN, so that whoever looks there finds out.
     """
 
-    def __init__(self, path: str, needs_text: bool = True):
-        self.path, self.offsets = Path(path), array("q", [0])
+    def __init__(self, path: str | Path, needs_text: bool = True):
+        self.path, self.offsets, durations = Path(path), array("q", [0]), array("d")  # offsets in bytes
         if not self.path.is_file():
             raise InputError(f"{path}: no such manifest; wanted a file of JSON lines with 'wav' and 'txt'")
-        durations, digest = array("d"), sha256()
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                durations.append(check_line(line, f"{path}:{number}", needs_text))
-                self.offsets.append(self.offsets[-1] + len(line))
-                digest.update(line)
+        with open(self.path, "rb") as file, ThreadPoolExecutor(8) as pool:
+            while lines := list(islice(file, 16_000)):
+                records = []
+                for number, line in enumerate(lines, len(durations) + 1):
+                    records.append(parse_line(line, f"{path}:{number}", needs_text))
+                    self.offsets.append(self.offsets[-1] + len(line))
+                # Whether a file exists is a question to the disk, perhaps over a network: 8 threads ask at once.
+                blocks = [records[start : start + 1000] for start in range(0, len(records), 1000)]
+                for block in pool.map(self.seconds_of_present, blocks):
+                    durations.extend(block)
         if not durations:
             raise InputError(f"{path}: the manifest is empty; wanted one JSON object a line with 'wav' and 'txt'")
-        self.durations, self.sha256 = np.array(durations), digest.hexdigest()
+        self.durations = np.array(durations)
+
+    def seconds_of_present(self, records: list[dict]) -> list[float]:
+        """Stated seconds of records, NaN where the audio file is missing."""
+        folder, seconds = str(self.path.parent), []
+        for record in records:
+            is_present = "wav" not in record or os.path.exists(os.path.join(folder, record["wav"]))
+            seconds.append(stated_seconds(record) if is_present else np.nan)
+        return seconds
 
     def __len__(self) -> int:
         return len(self.durations)
@@ -85,81 +96,153 @@ class Manifest(Sequence):
             raise IndexError(index)
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
-            return parse_line(file.readline()) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
+            record = json.loads(file.readline().removeprefix(BYTE_ORDER_MARK))
+        return without_nulls(record) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
+
+    def fingerprint(self, count: int | None = None) -> str:
+        digest = sha256()
+        with open(self.path, "rb") as file:
+            for line in islice(file, count):
+                digest.update(line.rstrip(b"\r\n") + b"\n")  # the last line may lack its end until more is appended
+        return digest.hexdigest()
 
 
-def parse_line(line: bytes) -> dict:
-    return {key: value for key, value in json.loads(line).items() if value is not None}
+class RecordList(Sequence):
+    """The records of a list of dicts, without their nulls. Those without "where" are called `name` and their number."""
+
+    def __init__(self, records: Iterable[dict], name: str = "record"):
+        self.records = [{"where": f"{name} {i}"} | without_nulls(record) for i, record in enumerate(records, 1)]
+        self.durations = np.array([stated_seconds(record) for record in self.records])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.records[index]
+
+    def fingerprint(self, count: int | None = None) -> str:
+        # bytes of samples, because str() leaves the middle of a long array out
+        encode = lambda value: sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else str(value)  # noqa: E731
+        texts = [json.dumps(record, default=encode) for record in self.records[:count]]
+        return sha256("\n".join(texts).encode()).hexdigest()
 
 
-def check_line(line: bytes, where: str, needs_text: bool) -> float:
-    """Seconds of audio that a manifest line states, NaN if none; InputError if the line is no record."""
+# A record
+
+
+def parse_line(line: bytes, where: str, needs_text: bool) -> dict:
+    """The record of a manifest's line, without its nulls. Raises InputError if it is none."""
     if not line.strip():
         raise InputError(f"{where}: a blank line; wanted one JSON object a line")
     try:
-        record = parse_line(line)
-        if rb"\u" in line:  # half a character, "\ud800", is valid JSON
+        record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())  # quicker than from bytes
+        if rb"\u" in line:  # half a character, "\ud800", is valid JSON, and cannot be written to any file
             json.dumps(record, ensure_ascii=False).encode()
-    except AttributeError:
-        raise InputError(f"{where}: found {line[:20]!r}; wanted a JSON object with 'wav' and 'txt'") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: malformed JSON ({error}); wanted one object a line") from None
-    for key, kind in KINDS.items():
-        if key in record and not isinstance(record[key], kind):
-            wanted = "text" if key == "key" else f"a {kind.__name__}"
-            raise InputError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}; wanted {wanted}")
-    for key in ("start", "end", "duration"):
-        value = record.get(key, 0.0)
-        if type(value) not in (int, float) or not 0 <= value < 1e9:  # nor NaN
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: found {line[:20]!r}; wanted a JSON object with 'wav' and 'txt'")
+    if None in record.values():
+        record = without_nulls(record)
+    check_record(record, where, needs_text)
+    return record
+
+
+def without_nulls(record: dict) -> dict:
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def check_record(record: dict, where: str, needs_text: bool) -> None:
+    """Raise InputError for keys that are missing, or values of another type than a manifest has."""
+    for key, value in record.items():
+        if key in TYPES and not isinstance(value, TYPES[key]):
+            wanted = "text" if key == "key" else f"a {TYPES[key].__name__}"
+            raise InputError(f"{where}: {key!r} is {json.dumps(value)[:40]}; wanted {wanted}")
+        if key in SECONDS and not (type(value) in (int, float) and 0 <= value < 1e9):  # nor NaN
             raise InputError(f"{where}: {key!r} is {json.dumps(value)[:40]}; wanted seconds, 0 or more")
-    turns = record.get("messages", [])
-    if wrong := wrong_turns(turns):
-        raise InputError(f"{where}: {wrong}")
-    if not all(isinstance(path, str) for turn in turns for path in turn.get("audio", [])):
-        raise InputError(f"{where}: wanted paths in 'audio' of 'messages'")
-    if record.get("end", np.inf) <= record.get("start", 0):
+    if "end" in record and record["end"] <= record.get("start", 0):
         raise InputError(f"{where}: start {record.get('start', 0)} and end {record['end']}; wanted start < end")
-    needed = [] if "messages" in record else ["wav", "txt"] if needs_text else ["wav"]
-    if missing := [key for key in needed if key not in record]:
-        raise InputError(f"{where}: missing {missing}; every line needs {' and '.join(map(repr, needed))}")
-    if needs_text and reference(record) is None:
-        raise InputError(f"{where}: the last of 'messages' is not the assistant's; nothing would be trained on")
-    return record["end"] - record.get("start", 0) if "end" in record else record.get("duration", np.nan)
-
-
-def wrong_turns(turns: list[dict]) -> str | None:
-    """What is wrong with a conversation; where none of its turns has an <audio>, the template places them."""
-    for turn in turns:
-        texts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(turn.get("audio", []), list):
-            found = textwrap.shorten(str(turn), 80, placeholder=" ...")
-            return f"{found} in the conversation; wanted texts in 'role', 'content' and a list in 'audio'"
-    counts = [(turn["content"].count(AUDIO), len(turn.get("audio", []))) for turn in turns]
-    uneven = [pair for pair in counts if pair[0] != pair[1]] if any(places for places, _ in counts) else []
-    return f"{uneven[0][0]} {AUDIO} in a turn with {uneven[0][1]} audio clips" if uneven else None
-
-
-def reference(record: dict) -> str | None:
-    """The transcript of a record, None if it has none."""
-    last = record["messages"][-1:] if "messages" in record else [{"role": "assistant", "content": record.get("txt")}]
-    return last[0].get("content") if last and last[0].get("role") == "assistant" else None
-
-
-def record_key(record: dict) -> str:
-    """The id of a record: its `key`, else the stem of its file, else the number of its line."""
-    stem = Path(record["wav"]).stem if "wav" in record else f"line{record['where'].rpartition(':')[2]}"
-    return str(record.get("key") or stem)
-
-
-def clips(record: dict) -> list[tuple]:
-    """(audio, start seconds, end seconds or None) for each <audio>; audio is a path or 16 kHz samples (S,)."""
-    found = [(record.get("wav"), record.get("start", 0), record.get("end"))]
     if "messages" in record:
-        found = [(path, 0, None) for turn in record["messages"] for path in turn.get("audio", [])]
+        from conversations import check_messages  # an option
+
+        check_messages(record, where, needs_text)
+    elif "wav" not in record or (needs_text and "txt" not in record):
+        needed = ["wav", "txt"] if needs_text else ["wav"]
+        missing = [key for key in needed if key not in record]
+        raise InputError(f"{where}: missing {missing}; every line needs {' and '.join(map(repr, needed))}")
+
+
+def transcript_of(record: dict) -> str | None:
+    """What was said in a record, the last answer of a conversation; None if it does not tell."""
+    if "messages" not in record:
+        return record.get("txt")
+    last = record["messages"][-1] if record["messages"] else {}
+    return last.get("content") if last.get("role") == "assistant" else None
+
+
+def key_of(record: dict) -> str:
+    """The id of a record: its `key`, else the stem of its file, else the number of its line."""
+    if "key" in record:
+        return str(record["key"])
+    if isinstance(record.get("wav"), (str, Path)):
+        return Path(record["wav"]).stem
+    return f"line{record['where'].replace(':', ' ').split()[-1]}"
+
+
+class Clip(NamedTuple):
+    """A stretch of audio, for one <audio>."""
+
+    audio: Path | np.ndarray  # a file, or samples (S,) at 16 kHz
+    start: float = 0.0  # seconds
+    end: float | None = None  # seconds; None = to the end of the file
+
+
+def clips_of(record: dict) -> list[Clip]:
+    """The clips of a record, in order."""
+    clips = [Clip(record.get("wav"), record.get("start", 0), record.get("end"))]
+    if "messages" in record:
+        clips = [Clip(audio) for turn in record["messages"] for audio in turn.get("audio", [])]
     folder = record.get("folder", Path())
-    return [(folder / audio if isinstance(audio, (str, Path)) else audio, start, end) for audio, start, end in found]
+    return [clip._replace(audio=folder / clip.audio) if isinstance(clip.audio, (str, Path)) else clip for clip in clips]
 
 
-def place(record: dict, index: int) -> str:
-    """Where a record comes from: file and line of a manifest."""
-    return record.get("where", f"record {index}")
+def stated_seconds(record: dict) -> float:
+    """Seconds of audio, as a record itself tells; NaN where only the header of a file would."""
+    if "end" in record:
+        return record["end"] - record.get("start", 0)
+    if "duration" in record:
+        return record["duration"]
+    if isinstance(record.get("wav"), (str, Path, type(None))):
+        return np.nan
+    return len(record["wav"]) / SAMPLE_RATE - record.get("start", 0)
+
+
+# Decoding
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """All that decides a hypothesis of a given model; the names and meanings are those of transformers' generate.
+
+    Flags of recognize.py, keywords of decode and transcribe, and the key of an unfinished result file come from these
+    fields: a new option is one line here. Raises InputError for a value that is out of range.
+    """
+
+    num_beams: int = field(default=4, metadata={"help": "beams of the search; 1 = greedy", "least": 1})
+    max_new_tokens: int = field(default=200, metadata={"help": "most tokens of a transcript", "least": 1})
+    length_penalty: float = field(default=1.0, metadata={"help": "of a beam search; above 1 favours long transcripts"})
+
+    def __post_init__(self):
+        for option in fields(self):
+            value, least = getattr(self, option.name), option.metadata.get("least", -np.inf)
+            if not value >= least:
+                raise InputError(f"--{option.name} {value}: wanted {least} or more")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What was recognised in the record `index`."""
+
+    index: int
+    text: str
+    problem: str | None = None  # why the text is missing or perhaps not whole, for the user to read

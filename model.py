@@ -3,132 +3,547 @@
     model = SpeechLLM.from_pretrained("run")
     model.transcribe("a.wav")  # -> "the transcript"
 
+In this order: what a model is made of (config), Whisper, the Conv1d projector, the LLM, and SpeechLLM, which puts them
+together: forward, generate, decode, what is trained, save and load.
+
 Shapes: B batch, A audio windows in the batch, S samples (16 kHz), M mel bins, F feature frames (10 ms), T encoder
 frames, N speech embeddings, L tokens, K last tokens with labels, D encoder width, H LLM width, V vocabulary.
 """
 
-from functools import partial
+import copy
+import inspect
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial, partialmethod
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, WhisperFeatureExtractor
+from transformers.activations import ACT2FN
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
-import checkpoint
-import decoding
-import inputs
-import trainable
-import zero3
-from config import SpeechLLMConfig
-from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset
-from encoders import extract, load_encoder, valid
-from llm import load_llm
-from manifest import InputError
-from projectors import PROJECTORS
-from prompt import END, SPEECH, START
+from dataset import (
+    END,
+    IGNORE,
+    PROMPT,
+    SPEECH,
+    START,
+    WINDOW,
+    SpeechDataset,
+    collate,
+    conversation,
+    length_mask,
+    render_prompt,
+    set_chat_template,
+)
+from errors import UNGATHERED, BadUtterance, InputError, as_input_error, load_pretrained, nearest
+from manifest import AUDIO, SAMPLE_RATE, DecodingOptions, Hypothesis, RecordList, Records
+
+LORA = r"\.lora_"  # in the name of every parameter of LoRA
+AUDIO_INPUTS = "input_features input_values feature_lengths audio_attention_mask speech_embeds".split()
+
+
+# Config
+
+
+def option(default: Any, help: str, **metadata) -> Any:
+    """A field with a help text for the command line."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """What a model is made of: flags of train.py, keywords of `from_parts`, fields of a checkpoint's config.json."""
+
+    encoder_name_or_path: str | None = option(
+        None, "tiny ... large-v3-turbo, a .pt file, a folder or a Hub name", aliases=["--whisper_model_name_or_path"]
+    )
+    encoder_revision: str | None = option(None, "branch, tag or commit on the Hub")
+    encoder_layer: int | None = option(None, "take the output of this layer, 1 = the first (default: the last)")
+    encoder_dropout: float = option(0.0, "dropout on the encoder's frames, in training only; from 0 to below 1")
+    encoder_lora_r: int = option(0, "rank of LoRA on the encoder; 0 = none")
+    pad_to_30s: bool = option(False, "pad every clip to 30 s, as Whisper was trained")
+    llm_model_name_or_path: str | None = option(None, "the LLM: a folder or a Hub name")
+    llm_revision: str | None = option(None, "branch, tag or commit on the Hub")
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the frozen weights; auto = as the LLM's checkpoint has them", aliases=["--dtype"]
+    )
+    quantize: Literal["4bit", "8bit"] | None = option(None, "hold the frozen LLM so, by bitsandbytes on a GPU")
+    lora_r: int = option(0, "rank of LoRA on the LLM; 0 = none")
+    lora_alpha: float = option(16.0, "LoRA's output is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, "dropout on LoRA's input, in training only; from 0 to below 1")
+    lora_target_modules: list[str] = option([], "names of linear layers, or all-linear (default: queries and values)")
+    projector: str = option("conv1d", "conv1d, linear, mlp, conformer or qformer")
+    projector_stride: int = option(5, "encoder frames joined into one embedding")
+    projector_hidden_size: int = option(2048, "width inside the projector; take 512 for conformer and qformer")
+    projector_num_layers: int = option(2, "hidden layers (mlp), Conformer layers, Q-Former blocks")
+    projector_activation: str = option("relu", "activation inside the projector: relu, gelu, silu ...")
+    audio_boundary_tokens: bool = option(False, "a learned vector before and after each clip")
+    prompt: str = option(PROMPT, "the user's turn, with <audio> in it")
+    system_prompt: str | None = option(None, "the system's turn (default: as the chat template has it)")
+    chat_template: str | None = option(None, "FILE.jinja (or its text) in place of the tokenizer's own template")
+    freeze_params: list[str] = option(
+        [r"^encoder\.", r"^llm\."], "regular expressions: parameters with such names are not trained"
+    )
+    prevent_freeze_params: list[str] = option([], "regular expressions: exceptions from --freeze_params")
+
+
+class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
+    """The fields of config.json. Raises InputError for a field that does not exist, or a value that does not do."""
+
+    model_type = "speech_llm"
+
+    encoder_size: int = 0  # D, filled in when the model is put together
+    hidden_size: int = 0  # H
+    origin: dict | None = None  # where frozen parts that lie beside config.json came from: names and commits
+    training: dict | None = None  # data, steps and error rate of the run that made the weights
+
+    @classmethod
+    def own_fields(cls) -> dict[str, Any]:
+        """Name -> type of our fields, and of those of a subclass, without the fields of transformers' config."""
+        classes = [part for part in reversed(cls.__mro__) if part not in PreTrainedConfig.__mro__]
+        return {name: kind for part in classes for name, kind in inspect.get_annotations(part).items()}
+
+    def __post_init__(self, **kwargs):
+        types = self.own_fields()
+        known = [*types, "model_type", "name_or_path", "_commit_hash"]
+        for name in kwargs:
+            if name not in known:
+                hint = nearest(name, known) or f"; wanted one of {sorted(known)}"
+                raise InputError(f"config: unknown field {name!r}{hint}")
+        for name, kind in types.items():
+            check_type(name, getattr(self, name), kind)
+        for name, (least, limit) in RANGES.items():
+            if not least <= getattr(self, name) < limit:
+                raise InputError(f"config: {name} is {getattr(self, name)}; wanted {least} or more, below {limit:g}")
+        if self.projector_activation not in ACT2FN:
+            names = ", ".join(sorted(ACT2FN))
+            raise InputError(f"config: projector_activation is {self.projector_activation}; wanted one of {names}")
+        if self.chat_template and "{" not in self.chat_template and AUDIO not in self.chat_template:  # a file's name
+            if not Path(self.chat_template).is_file():
+                raise InputError(f"--chat_template {self.chat_template}: no such file")
+            self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """What config.json holds: our fields. transformers' say nothing of such a model, and Trainer adds more."""
+        values = {name: getattr(self, name) for name in self.own_fields()}
+        return copy.deepcopy({"model_type": self.model_type, "architectures": self.architectures} | values)
+
+
+RANGES = {"encoder_dropout": (0, 1), "lora_dropout": (0, 1), "lora_r": (0, 1e9), "encoder_lora_r": (0, 1e9)}
+RANGES |= {f"projector_{name}": (1, 1e9) for name in ("stride", "hidden_size", "num_layers")}
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise InputError unless a value has the type of its field. A bool is no int here, but an int is a float."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
+    classes = [get_origin(each) or each for each in kinds if get_origin(each) is not Literal]
+    is_number = type(value) is int and float in classes
+    if value not in choices and type(value) not in classes and not is_number:
+        wanted = " or ".join([*choices, *(each.__name__ for each in classes)])
+        raise InputError(f"config: {name} is {value!r}; wanted {wanted}")
+
+
+# Whisper
+
+OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's, transformers'
+    ("blocks.", "layers."),
+    ("attn_ln.", "self_attn_layer_norm."),
+    ("mlp_ln.", "final_layer_norm."),
+    ("mlp.0.", "fc1."),
+    ("mlp.2.", "fc2."),
+    ("attn.query.", "self_attn.q_proj."),
+    ("attn.key.", "self_attn.k_proj."),
+    ("attn.value.", "self_attn.v_proj."),
+    ("attn.out.", "self_attn.out_proj."),
+    ("ln_post.", "layer_norm."),  # after the other two that end so
+    ("positional_embedding", "embed_positions.weight"),
+)
+
+
+class WhisperEncoder(nn.Module):
+    """Whisper's encoder for clips of any length in one batch: features (A, F, M) -> frames (A, T, D), T = F / 2.
+
+    The layers are transformers'. Its own forward wants exactly 30 s and cannot mask; this one masks the padding in the
+    attention and zeroes it between the convolutions, so that it changes no frame of any clip.
+    """
+
+    lora_targets = None  # names of linear layers for LoRA; None = the usual queries and values
+
+    def __init__(self, model: TransformersWhisper, feature_extractor: WhisperFeatureExtractor):
+        super().__init__()
+        self.model, self.feature_extractor = model, feature_extractor
+        self.extract = partial(log_mel, feature_extractor)  # goes to loader processes, without the weights
+        self.output_size = model.config.d_model
+        self.has_final_norm = model.config.to_dict().get("has_final_norm", True)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Log-mel features (A, F, M), zero behind `lengths` (A,) -> frames (A, T, D), valid up to `output_lengths`."""
+        model = self.model
+        lengths = torch.where(self.output_lengths(lengths) > 0, lengths, features.shape[1])  # no mask may be empty
+        x = features.to(model.dtype).transpose(1, 2)  # (A, M, F)
+        x = F.gelu(model.conv1(x))  # (A, D, F)
+        x = x * length_mask(lengths, x.shape[2]).unsqueeze(1)  # or conv1's bias would leak from the padding into conv2
+        x = F.gelu(model.conv2(x)).transpose(1, 2)  # (A, T, D)
+        assert x.shape[1] <= model.config.max_source_positions, f"{x.shape[1]} frames; Whisper's positions end at 30 s"
+        x = x + model.embed_positions(torch.arange(x.shape[1], device=x.device))
+        mask = length_mask(self.output_lengths(lengths), x.shape[1])[:, None, None]  # (A, 1, 1, T)
+        for layer in model.layers:
+            x = layer(x, mask)
+        return model.layer_norm(x) if self.has_final_norm else x
+
+    def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
+        """Valid frames of so many feature frames; conv2 has stride 2."""
+        return lengths.clamp(min=0).add(1) // 2 if isinstance(lengths, Tensor) else max(lengths + 1, 0) // 2
+
+    def save_pretrained(self, folder: str | Path, **options) -> None:
+        """Write config.json, model.safetensors and preprocessor_config.json, for load_encoder(folder)."""
+        self.model.save_pretrained(folder, save_original_format=False, **options)  # without prefixes in the names
+        self.feature_extractor.save_pretrained(folder)
+
+
+def log_mel(feature_extractor: WhisperFeatureExtractor, samples: np.ndarray) -> Tensor:
+    """Samples (S,) -> Whisper's log-mel features (F, M), a frame every 10 ms, without padding to 30 s."""
+    options = {"padding": "longest", "truncation": False, "return_tensors": "pt", "sampling_rate": SAMPLE_RATE}
+    return feature_extractor(samples, **options).input_features[0].T
+
+
+def load_encoder(
+    name_or_path: str, revision: str | None = None, layer: int | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The speech encoder of a checkpoint, without heads and decoders, frozen and in eval mode; see encoders.load.
+
+    `name_or_path`: a name or .pt file of openai-whisper, or a folder or Hub name (at `revision`) in transformers'
+    format, of Whisper or of a family in encoders.py. `layer`: the frames are transformers' hidden_states[layer], 1 ...
+    the number of layers, and nothing above is loaded; None: the model's own last output. `dtype` of the weights: None
+    is the checkpoint's, fp32 for openai-whisper. Raises InputError.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    has_kind = ":" in name and not path.exists()  # KIND:PLACE, for encoders that are not of transformers
+    is_openai = not (has_kind or path.is_dir()) and (path.suffix == ".pt" or len(path.parts) == 1)
+    if is_openai and revision:
+        raise InputError(f"{name}: revision {revision} of an openai-whisper model; wanted none, for it has no others")
+    wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
+    with as_input_error(name, "a speech encoder", wanted):
+        if is_openai:
+            encoder = load_openai_whisper(name, layer, dtype)
+        elif has_kind or transformers.AutoConfig.from_pretrained(name, revision=revision).model_type != "whisper":
+            import encoders  # an option
+
+            encoder = encoders.load(name, revision, layer, dtype)
+        else:
+            config = keep_layers(transformers.WhisperConfig.from_pretrained(name, revision=revision), layer)
+            # A checkpoint may be of the encoder alone, or of a model with a decoder around it.
+            options = {"key_mapping": {r"^model\.encoder\.": "", r"^encoder\.": ""}, "revision": revision or "main"}
+            model = load_pretrained(TransformersWhisper, name, config=config, dtype=dtype or "auto", **options)
+            encoder = WhisperEncoder(model, WhisperFeatureExtractor.from_pretrained(name, revision=revision))
+            if (rate := encoder.feature_extractor.sampling_rate) != SAMPLE_RATE:
+                raise InputError(f"{name}: an encoder of {rate} Hz audio; wanted {SAMPLE_RATE} Hz")
+    return encoder.requires_grad_(False).eval()
+
+
+def load_openai_whisper(name_or_path: str, layer: int | None, dtype: torch.dtype | None) -> WhisperEncoder:
+    """The encoder of an openai-whisper model, in the layers of transformers."""
+    import whisper
+
+    model = whisper.load_model(name_or_path, device="cpu")
+    dims = model.dims
+    sizes = {"d_model": dims.n_audio_state, "encoder_ffn_dim": 4 * dims.n_audio_state}
+    sizes |= {"encoder_layers": dims.n_audio_layer, "encoder_attention_heads": dims.n_audio_head}
+    sizes |= {"num_mel_bins": dims.n_mels, "max_source_positions": dims.n_audio_ctx}
+    config = keep_layers(transformers.WhisperConfig(**sizes), layer)
+    with torch.device("meta"):  # no memory and no random numbers for weights that come from the checkpoint
+        encoder = TransformersWhisper(config)
+    weights = rename(model.encoder.state_dict(), OPENAI_NAMES)
+    weights = {name: weights[name].to(dtype or torch.float32) for name in encoder.state_dict()}
+    encoder.load_state_dict(weights, assign=True)
+    return WhisperEncoder(encoder, WhisperFeatureExtractor(dims.n_mels))
+
+
+def keep_layers(config: transformers.WhisperConfig, layer: int | None) -> transformers.WhisperConfig:
+    """The config of an encoder that ends with a layer. Only behind the last one comes the final norm."""
+    num_layers = config.encoder_layers
+    if layer is not None:
+        if not 1 <= layer <= num_layers:
+            raise InputError(f"encoder layer {layer}: wanted 1 ... {num_layers}, or none for the last output")
+        config.has_final_norm = layer == num_layers and config.to_dict().get("has_final_norm", True)
+        config.encoder_layers = config.num_hidden_layers = layer
+    return config
+
+
+def rename(weights: dict[str, Tensor], pairs: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    """The weights with (old, new) parts of their names replaced in order."""
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        renamed[name] = weight
+    return renamed
+
+
+# The projector
+
+
+class Conv1dProjector(nn.Module):
+    """One LLM embedding per `projector_stride` encoder frames: (A, T, D) -> (A, N, H), N = T // stride.
+
+    Convolution with kernel = stride, activation, Linear, activation, Linear. A tail shorter than the stride is dropped.
+    50 Hz frames and stride 5 give 10 Hz. The parameters have the names that published checkpoints have.
+    """
+
+    def __init__(self, encoder_size: int, llm_size: int, config: SpeechLLMConfig):
+        super().__init__()
+        self.stride = config.projector_stride
+        self.conv = nn.Conv1d(encoder_size, encoder_size, kernel_size=self.stride, stride=self.stride)
+        self.activation = ACT2FN[config.projector_activation]
+        self.linear1 = nn.Linear(encoder_size, config.projector_hidden_size)
+        self.linear2 = nn.Linear(config.projector_hidden_size, llm_size)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        frames = frames.to(self.conv.weight.dtype)
+        x = self.activation(self.conv(frames.transpose(1, 2)).transpose(1, 2))  # (A, N, D)
+        return self.linear2(self.activation(self.linear1(x)))  # (A, N, H)
+
+    def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
+        return lengths // self.stride  # valid frames (A,) -> valid embeddings (A,)
+
+
+def build_projector(config: SpeechLLMConfig, encoder_size: int, llm_size: int) -> nn.Module:
+    """The projector that the config names, with random weights. Raises InputError."""
+    if config.projector == "conv1d":
+        return Conv1dProjector(encoder_size, llm_size, config)
+    from projectors import PROJECTORS  # an option
+
+    if config.projector not in PROJECTORS:
+        raise InputError(f"projector {config.projector!r}: wanted one of {sorted(['conv1d', *PROJECTORS])}")
+    return PROJECTORS[config.projector](encoder_size, llm_size, config)
+
+
+# The LLM
+
+
+def load_llm(config: SpeechLLMConfig, device=None) -> tuple[transformers.PreTrainedTokenizerBase, PreTrainedModel]:
+    """(tokenizer, causal LLM) of a config, the LLM straight on the device in its dtype. Raises InputError."""
+    options = {"dtype": config.frozen_dtype, "device_map": {"": device} if device else None}
+    if config.quantize:
+        from quantize import quantization_config  # an option
+
+        options["quantization_config"] = quantization_config(config.quantize)
+    name, revision = config.llm_model_name_or_path, config.llm_revision
+    with as_input_error(name, "the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        llm = load_pretrained(transformers.AutoModelForCausalLM, name, revision=revision, **options)
+    if not tokenizer("Transcribe the speech").input_ids:
+        raise InputError(f"{name}: a tokenizer without a vocabulary; wanted its tokenizer.json or the like")
+    return tokenizer, llm
+
+
+def make_contiguous(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """A forward pre-hook for the vocabulary projection.
+
+    logits_to_keep is a slice, which PyTorch would multiply row by row, reading the whole vocabulary matrix for each:
+    half the time of a training step with a small LLM.
+    """
+    return tuple(tensor.contiguous() for tensor in inputs)
+
+
+# The model
 
 
 class SpeechLLM(PreTrainedModel):
     """A speech recogniser of which, by default, the projector alone is trained.
 
-    Frozen parts keep the LLM's dtype and eval mode. Raises InputError for an encoder, an LLM, a projector or weights
-    that do not exist or do not fit each other.
+    Put together from ready modules; `from_parts` and `from_pretrained` load them. Frozen parts keep their dtype and
+    eval mode. Raises InputError for parts, a prompt or freeze patterns that do not go together.
     """
 
     config_class = SpeechLLMConfig
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # tells Trainer that forward divides by num_items_in_batch
 
-    def __init__(self, config: SpeechLLMConfig, device: str | torch.device | None = None):
-        super().__init__(config)
-        if not config.encoder_name_or_path or not config.llm_model_name_or_path:
-            raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
-        if config.projector not in PROJECTORS:
-            raise InputError(f"projector {config.projector!r}: wanted one of {sorted(PROJECTORS)}")
-        self.tokenizer, self.llm = load_llm(config, device)
-        name = config.encoder_name_or_path
-        with zero3.unshared():
-            self.encoder = load_encoder(name, config.encoder_revision, config.encoder_layer, self.llm.dtype)
-        checkpoint.pin(config)
-        text_config = self.llm.config.get_text_config()
-        config.encoder_size, config.hidden_size = self.encoder.output_size, text_config.hidden_size
-        self.projector = PROJECTORS[config.projector](config.encoder_size, config.hidden_size, config)
+    def __init__(
+        self,
+        config: SpeechLLMConfig,
+        encoder: nn.Module,
+        projector: nn.Module,
+        llm: PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+    ):
+        super().__init__(copy.deepcopy(config))
+        self.llm, self.encoder, self.projector, self.tokenizer = llm, encoder, projector, tokenizer
+        text_config = llm.config.get_text_config()
+        self.config.encoder_size, self.config.hidden_size = encoder.output_size, text_config.hidden_size
+        self.max_length = text_config.max_position_embeddings  # LLM positions
         if config.audio_boundary_tokens:
-            self.boundary = nn.Embedding(2, config.hidden_size)  # before and after a clip
+            self.boundary = nn.Embedding(2, text_config.hidden_size)  # before and after a clip
             nn.init.normal_(self.boundary.weight, std=0.02)
-        self.label_smoothing, self.merged, self.once_trained = 0.0, False, set()
-        self.max_length = text_config.max_position_embeddings
-        self.feature_extractor = self.encoder.feature_extractor
-        example = extract(self.feature_extractor, torch.zeros(SILENCE).numpy())
-        self.feature_shape = example.shape[1:]  # of a frame: (M,), or () where samples are taken
-        if self.speech_lengths(len(example)) < 1:
-            raise InputError(f"projector_stride {config.projector_stride}: 2 s of audio give not one embedding")
-        trainable.prepare(self)
-        for part in set(self.children()) - {self.llm}:
-            part.to(device or self.llm.device)
+        # [length of features] -> speech embeddings: with this table datasets need no model in their processes.
+        self.embedding_counts = self.num_embeddings(torch.arange(WINDOW + 1)).int().numpy()
+        if self.embedding_counts.max() < 1:
+            raise InputError(f"projector_stride {config.projector_stride}: 30 s of audio give not one embedding")
+        self.label_smoothing = 0.0  # in training
+        self.is_merged = False  # LoRA has gone into the weights of the LLM or the encoder
+        self.ever_trained: set[str] = set()  # names of parameters that were loaded, or unfrozen for a time: saved
+
+        set_chat_template(tokenizer, config.chat_template)
+        self.set_stop_tokens()
+        llm.get_output_embeddings().register_forward_pre_hook(make_contiguous)
+        if config.lora_r or config.encoder_lora_r or config.lora_target_modules:
+            import lora  # an option
+
+            lora.add_to_parts(llm, encoder, self.config)
+        self.apply_freezing()
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path, revision=None, device=None, token=None, **overrides) -> "SpeechLLM":
+    def from_config(cls, config: SpeechLLMConfig, device: str | torch.device | None = None) -> "SpeechLLM":
+        """An untrained model with the encoder and the LLM that the config names. Raises InputError."""
+        if not config.encoder_name_or_path or not config.llm_model_name_or_path:
+            raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
+        tokenizer, llm = load_llm(config, device)
+        with whole_weights():
+            name, revision = config.encoder_name_or_path, config.encoder_revision
+            encoder = load_encoder(name, revision, config.encoder_layer, llm.dtype)
+        projector = build_projector(config, encoder.output_size, llm.config.get_text_config().hidden_size)
+        model = cls(with_lasting_names(config), encoder, projector, llm, tokenizer)
+        for part in set(model.children()) - {llm}:
+            part.to(device or llm.device)
+        return model
+
+    @classmethod
+    def from_parts(
+        cls, encoder: str, llm: str, projector: str = "conv1d", device=None, dtype: str = "auto", **fields
+    ) -> "SpeechLLM":
+        """An untrained model; `fields` are those of SpeechLLMConfig, `dtype` is that of the frozen weights."""
+        names = {"encoder_name_or_path": str(encoder), "llm_model_name_or_path": str(llm), "projector": projector}
+        return cls.from_config(SpeechLLMConfig(**names, frozen_dtype=dtype, **fields), device)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision=None, device=None, token=None, dtype: str | None = None, **overrides
+    ) -> "SpeechLLM":
         """The model of a folder that was saved, of a training checkpoint, of a Hub name, or of a .safetensors file.
 
         `overrides` are fields of its config. Where there is no config.json they can name the parts in its stead.
         """
-        weights = checkpoint.find_weights(name_or_path, revision, token)
-        model = cls(checkpoint.load_config(weights.parent, **overrides), device)
+        overrides |= {"frozen_dtype": dtype} if dtype else {}
+        weights = find_weights(name_or_path, revision, token)
+        model = cls.from_config(load_config(weights.parent, **overrides), device)
         model.load_trained(weights)
         return model
 
-    @classmethod
-    def from_parts(cls, encoder: str, llm: str, projector: str = "conv1d", device=None, **fields) -> "SpeechLLM":
-        """An untrained model; `fields` are those of SpeechLLMConfig."""
-        names = {"encoder_name_or_path": encoder, "llm_model_name_or_path": llm, "projector": projector}
-        return cls(SpeechLLMConfig(**names, **fields), device)
+    # What the LLM reads
 
-    save_pretrained, load_trained, push_to_hub = checkpoint.save, checkpoint.load_trained, checkpoint.push_to_hub
-    to_decode, decode, transcribe = decoding.to_decode, decoding.decode, decoding.transcribe
-    inputs_for_llm = inputs.inputs_for_llm
-    train, saved, merge_lora = trainable.set_training, trainable.saved, trainable.merge_lora
-    freeze_encoder, unfreeze_encoder = trainable.switches("encoder")
-    freeze_llm, unfreeze_llm = trainable.switches("llm")
-    freeze_projector, unfreeze_projector = trainable.switches("projector", "boundary")
-    freeze_llm_except_lm_head = trainable.freeze_llm_except_lm_head
+    @property
+    def feature_extractor(self):
+        """transformers' feature extractor of the encoder."""
+        return self.encoder.feature_extractor
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
 
-    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        self.train(self.training)  # layers of the frozen LLM must know
-
-    def speech_lengths(self, feature_lengths):
-        """Speech embeddings made of so many feature frames, or samples (int or Tensor)."""
+    def num_embeddings(self, feature_lengths: Tensor | int) -> Tensor | int:
+        """Speech embeddings made of so many feature frames, or samples."""
         return self.projector.output_lengths(self.encoder.output_lengths(feature_lengths))
 
-    def make_dataset(self, records, **options) -> SpeechDataset:
-        """SpeechDataset of records (a Manifest or a list of dicts) for this model."""
+    def make_dataset(self, records: Records | Sequence[dict], **options) -> SpeechDataset:
+        """SpeechDataset of records (or a list of dicts) for this model; `options` are fields of SpeechDataset."""
         config = self.config
-        take = partial(extract, self.feature_extractor, pad_to_30s=config.pad_to_30s)
-        counts = self.speech_lengths(torch.arange(WINDOW + 1)).int().numpy()  # a table: workers need no model
-        prompts = config.prompt, config.system_prompt, config.audio_boundary_tokens
-        return SpeechDataset(records, self.tokenizer, take, counts, *prompts, **options)
+        return SpeechDataset(
+            RecordList(records) if isinstance(records, list) else records,
+            self.tokenizer,
+            self.encoder.extract,
+            self.embedding_counts,
+            prompt=config.prompt,
+            system_prompt=config.system_prompt,
+            boundary_tokens=config.audio_boundary_tokens,
+            pad_to_30s=config.pad_to_30s,
+            **options,
+        )
 
-    def embed(self, input_ids: Tensor, features: Tensor, feature_lengths: Tensor) -> Tensor:
-        """Token embeddings (B, L, H) with the speech embeddings in the SPEECH positions, in order."""
+    def set_stop_tokens(self) -> None:
+        """Make the LLM's generation_config hold its stop tokens and nothing else, and check the prompt.
+
+        The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
+        """
+        config, name = self.config, self.tokenizer.name_or_path
+        try:
+            pieces, end_id = render_prompt(self.tokenizer, conversation(config.prompt, config.system_prompt))
+        except BadUtterance as error:
+            raise InputError(f"{name}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
+        if len(pieces) != 2:
+            template = " or in --chat_template" if config.chat_template else ""
+            raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it{template}, once")
+        stop_ids = self.llm.generation_config.eos_token_id
+        stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
+        stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})
+        self.llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
+
+    def embed_speech(self, feature_lengths: Tensor, input_features=None, input_values=None) -> Tensor:
+        """Speech embeddings (sum of N, H), those of each clip in turn, of features (A, F, M) or samples (A, S)."""
+        features = input_values if input_features is None else input_features
         is_trained = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
             frames = self.encoder(features, feature_lengths)  # (A, T, D)
-        lengths = self.encoder.output_lengths(feature_lengths)
-        speech = self.projector(F.dropout(frames, self.config.encoder_dropout, self.training), lengths)  # (A, N, H)
-        speech = speech[valid(self.projector.output_lengths(lengths), speech.shape[1])]
-        embeds, places = self.get_input_embeddings()(input_ids.clamp(min=0)), input_ids == SPEECH
-        if places.sum() != len(speech):
-            raise ValueError(f"{places.sum()} speech positions in the prompts, {len(speech)} speech embeddings")
+        frames = F.dropout(frames, self.config.encoder_dropout, self.training)
+        frame_lengths = self.encoder.output_lengths(feature_lengths)  # (A,)
+        speech_embeds = self.projector(frames, frame_lengths)  # (A, N, H)
+        return speech_embeds[length_mask(self.projector.output_lengths(frame_lengths), speech_embeds.shape[1])]
+
+    def splice(self, input_ids: Tensor, speech_embeds: Tensor) -> Tensor:
+        """Embeddings (B, L, H) of input_ids (B, L), with the speech embeddings in the SPEECH positions, in order."""
+        is_speech = input_ids == SPEECH
+        if is_speech.sum() != len(speech_embeds):
+            raise ValueError(
+                f"{is_speech.sum()} speech positions in the prompts, {len(speech_embeds)} speech embeddings"
+            )
+        embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # (B, L, H)
         if self.config.audio_boundary_tokens:
-            for place, vector in zip((START, END), self.boundary(input_ids.new_tensor([0, 1])), strict=True):
-                embeds = torch.where((input_ids == place).unsqueeze(2), vector.to(embeds.dtype), embeds)
-        return embeds.masked_scatter(places.unsqueeze(2), speech.to(embeds.dtype))
+            for placeholder, vector in zip((START, END), self.boundary.weight, strict=True):
+                embeds = torch.where((input_ids == placeholder).unsqueeze(2), vector.to(embeds.dtype), embeds)
+        return embeds.masked_scatter(is_speech.unsqueeze(2), speech_embeds.to(embeds.dtype))
+
+    def inputs_for_llm(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, speech_embeds=None, **audio
+    ) -> dict[str, Tensor]:
+        """inputs_embeds (B, L, H) and attention_mask (B, L) of text and audio together.
+
+        Takes a batch of `collate`, or, where feature_lengths is missing, what feature_extractor and tokenizer return
+        (inputs.py tells in which forms). `speech_embeds`, if embed_speech has made them already, spare the encoder.
+        """
+        if speech_embeds is None and "feature_lengths" not in audio:
+            import inputs  # an option
+
+            prompt = render_prompt(self.tokenizer, conversation(self.config.prompt, self.config.system_prompt))[0]
+            options = self.encoder, self.num_embeddings, prompt, self.config.audio_boundary_tokens
+            input_ids, attention_mask, audio = inputs.batch_from_tensors(input_ids, attention_mask, audio, *options)
+        if speech_embeds is None:
+            speech_embeds = self.embed_speech(**audio)
+        return {"inputs_embeds": self.splice(input_ids, speech_embeds), "attention_mask": attention_mask}
+
+    # Training
 
     def forward(
         self,
@@ -138,7 +553,7 @@ class SpeechLLM(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         index: list | None = None,
         bad: list | None = None,
-        **audio,
+        **audio: Tensor,
     ) -> CausalLMOutput:
         """Logits, and the loss if there are labels; inputs are those of `inputs_for_llm`.
 
@@ -147,40 +562,430 @@ class SpeechLLM(PreTrainedModel):
         trained tokens and divided by num_items_in_batch (all trained tokens of the optimiser's step, on all devices),
         by this batch's own when that is None. `index` and `bad` come with a batch of `collate` and are not used here.
         """
-        given = self.inputs_for_llm(input_ids, attention_mask, **audio)
-        labels = None if labels is None else inputs.predictable(labels, *given["attention_mask"].shape)
-        positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        keep = 0 if labels is None else labels.shape[1] + 1  # each position predicts the next; 0 = all
-        logits = self.llm(**given, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
+        mask = inputs["attention_mask"]
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left: text starts at position 0
         if labels is None:
-            return CausalLMOutput(logits=logits)
-        logits = logits[:, :-1].float()
-        total = F.cross_entropy(
+            return CausalLMOutput(logits=self.llm(**inputs, position_ids=position_ids, use_cache=False).logits)
+        if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] > mask.shape[1]:
+            raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
+        labels = labels[:, -(mask.shape[1] - 1) :]
+        # Each position predicts the next; the vocabulary projection is computed for these positions alone.
+        num_logits = labels.shape[1] + 1
+        options = {"position_ids": position_ids, "use_cache": False, "logits_to_keep": num_logits}
+        logits = self.llm(**inputs, **options).logits[:, :-1].float()  # (B, K, V)
+        loss = F.cross_entropy(
             logits.flatten(0, 1),
             labels.flatten(),
             ignore_index=IGNORE,
             reduction="sum",
             label_smoothing=self.label_smoothing if self.training else 0.0,
         )
-        count = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=total / max(count, 1), logits=logits)
+        num_tokens = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=loss / max(num_tokens, 1), logits=logits)
+
+    # Decoding
 
     @torch.no_grad()
-    def generate(self, input_ids=None, attention_mask=None, prompts: list[list[dict]] | None = None, **options):
+    def generate(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, prompts=None, **options
+    ) -> Tensor:
         """Ids (B, new) of the answers to `prompts`, or to the inputs of `inputs_for_llm`.
 
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
         `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
-        audio = {name: options.pop(name) for name in inputs.AUDIO_INPUTS if name in options}
+        audio = {name: options.pop(name) for name in AUDIO_INPUTS if name in options}
         if prompts is not None:
+            import conversations  # an option
+
             if audio or input_ids is not None:
                 raise ValueError("wanted prompts, or tensors of audio and text; not both")
-            input_ids, attention_mask, audio = inputs.of_prompts(self, prompts)
-        training = self.training
-        self.eval()  # layers that checkpoint their gradients keep no cache
+            dataset = self.make_dataset(conversations.records_of(prompts), max_length=self.max_length)
+            return self.generate(**self.tensors_of(collate(list(dataset), with_targets=False)), **options)
+        with self.in_eval_mode():  # in training mode, layers that recompute their activations keep no cache
+            llm_inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
+            if "feature_lengths" not in audio:
+                import inputs  # an option
+
+                llm_inputs = inputs.pad_to_the_left(**llm_inputs)
+            return self.llm.generate(**llm_inputs, **options)
+
+    def tensors_of(self, batch: dict) -> dict[str, Tensor]:
+        """What `generate` takes of a batch of `collate`, on the model's device."""
+        return {k: v.to(self.device) for k, v in batch.items() if k not in ("index", "bad", "labels")}
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Eval mode for a while. A model in eval mode is not touched: another thread may be decoding with it."""
+        if not self.training:
+            yield
+            return
+        self.eval()
         try:
-            given = inputs.pad_to_the_left(**self.inputs_for_llm(input_ids, attention_mask, **audio))
-            return self.llm.generate(**given, **options)
-        finally:
-            self.train(training)
+            yield
+        finally:  # also where the caller of a generator stops early
+            self.train()
+
+    def decoding_dataset(self, records: Records | Sequence[dict], options: DecodingOptions) -> SpeechDataset:
+        """The dataset of records for `decode`: every line is kept, transcripts are not looked at. Raises InputError."""
+        room = self.max_length - options.max_new_tokens
+        if room < 1:
+            raise InputError(f"max_new_tokens {options.max_new_tokens}: the LLM has {self.max_length} positions in all")
+        return self.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
+
+    def decode(
+        self,
+        dataset: SpeechDataset,
+        positions: Iterable[int] | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        options: DecodingOptions | None = None,
+        **keywords,
+    ) -> Iterator[list[Hypothesis]]:
+        """Yield the hypotheses of each batch, longest clips first; `keywords` are fields of DecodingOptions.
+
+        Only of the examples at `positions` of the dataset (default: all). What cannot be read has an empty hypothesis.
+        """
+        options = options or DecodingOptions(**keywords)
+        positions = range(len(dataset)) if positions is None else positions
+        order = sorted(positions, key=lambda position: -dataset.durations[dataset.indices[position]])
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        to_batch = partial(collate, with_targets=False)
+        with self.in_eval_mode():
+            for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
+                yield self.decode_batch(batch, dataset.records, options)
+
+    def decode_batch(
+        self, batch: dict, records: Records, options: DecodingOptions, speech_embeds: Tensor | None = None
+    ) -> list[Hypothesis]:
+        """The hypotheses of a batch of `collate` without targets; `speech_embeds` as in `inputs_for_llm`."""
+        ids = self.generate(**self.tensors_of(batch), speech_embeds=speech_embeds, **asdict(options)).cpu()  # (B, new)
+        stop_ids = torch.tensor(self.llm.generation_config.eos_token_id)
+        has_end = torch.isin(ids, stop_ids).any(1).tolist()
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        hypotheses = []
+        for index, bad, text, ends in zip(batch["index"], batch["bad"], texts, has_end, strict=True):
+            no_end = None if ends else f"{records[index]['where']}: no end within {ids.shape[1]} new tokens"
+            hypotheses.append(Hypothesis(index, "" if bad else " ".join(text.split()), bad or no_end))
+        return hypotheses
+
+    def transcribe(self, audio, batch_size: int = 16, num_workers: int = 0, **keywords) -> str | list[str]:
+        """The transcript of an audio file (or of samples (S,) at 16 kHz); of a list, the list of transcripts.
+
+        `keywords` are fields of DecodingOptions. Audio that cannot be read has an empty transcript and a warning that
+        says why.
+        """
+        options, is_list = DecodingOptions(**keywords), isinstance(audio, (list, tuple))
+        records = RecordList([{"wav": one} for one in (audio if is_list else [audio])], "audio")
+        dataset = self.decoding_dataset(records, options)
+        texts = [""] * len(records)
+        for hypotheses in self.decode(dataset, None, batch_size, num_workers, options):
+            for hypothesis in hypotheses:
+                texts[hypothesis.index] = hypothesis.text
+                if hypothesis.problem:
+                    warnings.warn(hypothesis.problem, stacklevel=2)
+        return texts if is_list else texts[0]
+
+    # What is trained
+
+    def apply_freezing(self) -> None:
+        """Train the parameters whose names match no pattern of freeze_params, or one of prevent_freeze_params.
+
+        Raises InputError for a pattern that matches no name.
+        """
+        config = self.config
+        exceptions = config.prevent_freeze_params + [LORA] * bool(config.lora_r or config.encoder_lora_r)
+        names: dict[nn.Parameter, list[str]] = {}  # tied weights have two names
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        chosen = config.freeze_params if config.freeze_params != ModelArguments().freeze_params else []
+        check_patterns([*chosen, *exceptions], sum(names.values(), []))  # the default's may find nothing to freeze
+        for parameter, its_names in names.items():
+            is_trained = not matches(its_names, config.freeze_params) or matches(its_names, exceptions)
+            parameter.requires_grad_(is_trained and parameter.is_floating_point())
+        self.hold_trained_weights_in_fp32()
+
+    def hold_trained_weights_in_fp32(self) -> None:
+        """Trained weights in fp32; and the whole encoder or LLM, if weights of its own are trained.
+
+        AdamW's steps are lost in the rounding of bf16. ZeRO-3, whose parameters have a ds_id, holds fp32 copies itself.
+        """
+        for part in (self.encoder, self.llm):
+            own = [p for name, p in part.named_parameters() if p.requires_grad and not re.search(LORA, name)]
+            if own and self.config.quantize and part is self.llm:
+                raise InputError(
+                    "--quantize: weights of a quantised LLM cannot be trained; use --lora_r, or leave it out"
+                )
+            if any(p.dtype != torch.float32 and not hasattr(p, "ds_id") for p in own):
+                part.float()
+        for p in self.parameters():
+            if p.requires_grad and p.dtype != torch.float32 and not hasattr(p, "ds_id"):
+                p.data = p.data.float()
+
+    def set_trained(self, part: str, is_trained: bool) -> None:
+        """Freeze or unfreeze all parameters of a part; what was trained till now is saved all the same."""
+        self.ever_trained |= {name for name, p in self.named_parameters() if p.requires_grad}
+        modules = [self.boundary] if part == "projector" and self.config.audio_boundary_tokens else []
+        for module in [self.get_submodule(part), *modules]:
+            for parameter in module.parameters():
+                parameter.requires_grad_(is_trained and parameter.is_floating_point())
+        self.hold_trained_weights_in_fp32()
+        self.train(self.training)
+
+    freeze_encoder = partialmethod(set_trained, "encoder", False)
+    unfreeze_encoder = partialmethod(set_trained, "encoder", True)
+    freeze_llm = partialmethod(set_trained, "llm", False)
+    unfreeze_llm = partialmethod(set_trained, "llm", True)
+    freeze_projector = partialmethod(set_trained, "projector", False)
+    unfreeze_projector = partialmethod(set_trained, "projector", True)
+
+    def freeze_llm_except_lm_head(self) -> None:
+        """Train only the vocabulary projection of the LLM: with it the token embeddings, where the two are tied."""
+        self.freeze_llm()
+        self.llm.get_output_embeddings().requires_grad_(True)
+        self.hold_trained_weights_in_fp32()
+
+    def train(self, mode: bool = True) -> "SpeechLLM":
+        """Training mode for modules that are trained as a whole, eval mode for all else: no dropout in a frozen LLM."""
+        super().train(False)
+        self.training = mode
+        if not mode:
+            return self
+        for name, module in self.named_modules():
+            parameters = list(module.parameters())
+            if parameters and all(p.requires_grad for p in parameters):
+                module.train()  # with its children that have no parameters: dropout, activations
+            if ".lora_dropout" in name:
+                module.train()  # it has no parameters, and the layer that it stands in has frozen ones
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                # Layers recompute their activations in training mode alone. Those of a frozen LLM must, too.
+                module.training = name.startswith("llm.") or any(p.requires_grad for p in parameters)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.training = False  # its running statistics are no parameters: no checkpoint would hold them
+        self.get_input_embeddings().training = True  # NEFTune adds its noise there
+        return self
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)  # frozen layers recompute only in training mode
+
+    def merge_lora(self) -> None:
+        """Add LoRA's product to the weights it stands beside, and take LoRA away: decoding is as fast as without."""
+        import lora  # an option
+
+        self.is_merged = any([lora.merge(self.llm), lora.merge(self.encoder)]) or self.is_merged
+        self.config.lora_r = self.config.encoder_lora_r = 0
+
+    def describe(self) -> str:
+        """A table of the parts: parameters, trained ones, their share."""
+        rows = ["| module | parameters | trained | share |", "|---|---|---|---|"]
+        for name, part in [*self.named_children(), ("all", self)]:
+            total = sum(num_weights(p) for p in part.parameters())
+            trained = sum(num_weights(p) for p in part.parameters() if p.requires_grad)
+            rows.append(f"| {name} | {total:,} | {trained:,} | {trained / max(total, 1):.2%} |")
+        return "\n".join(rows)
+
+    # Save and load
+    #
+    # run/config.json        what the model is made of: config fields, names of encoder and LLM
+    # run/model.safetensors  what was trained: the projector, LoRA, other weights that were not frozen
+
+    def parameters_to_save(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds: all that is trained, or was, and all that comes from no other place."""
+        comes_with_a_part = re.compile(rf"^(encoder|llm)\.(?!.*{LORA})")
+        return {
+            name: p
+            for name, p in self.named_parameters()
+            if p.requires_grad or name in self.ever_trained or not comes_with_a_part.search(name)
+        }
+
+    def save_pretrained(
+        self, folder: str | Path, include_frozen: bool = False, state_dict=None, is_main_process: bool = True, **options
+    ) -> None:
+        """Write config.json and what was trained (taken from `state_dict` if it lives elsewhere).
+
+        With `include_frozen` the encoder and the LLM too, with feature extractor, tokenizer and a model card: the
+        folder then needs nothing else. A save that fails leaves what was in the folder as it was. `options`, which
+        Trainer and accelerate pass to transformers' save_pretrained, are about the form of the files: ours is fixed.
+        """
+        if options.get("push_to_hub"):
+            raise ValueError("save_pretrained(push_to_hub=True): wanted model.push_to_hub(repo_id)")
+        if is_main_process:
+            with new_files_in(Path(folder)) as partial_folder:
+                self.write_files(partial_folder, self.config, include_frozen, state_dict)
+
+    def write_files(
+        self, folder: Path, config: SpeechLLMConfig, include_frozen: bool, state_dict: dict[str, Tensor] | None
+    ) -> None:
+        """Write config.json, trained weights and perhaps the frozen parts into a folder."""
+        if self.is_merged and not include_frozen:
+            raise InputError("LoRA was merged into the LLM's weights; save them too, with include_frozen=True")
+        config, parameters = copy.deepcopy(config), self.parameters_to_save()
+        config.architectures = [type(self).__name__]
+        if include_frozen:
+            import hub  # an option
+
+            parts = self.encoder, self.llm, self.tokenizer
+            hub.save_frozen_parts(folder, config, *parts, list(parameters), self.is_merged)
+        source = parameters if state_dict is None else state_dict
+        state = {name: source[name].detach().contiguous().cpu() for name in parameters}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def load_trained(self, path: str | Path, only: str | None = None) -> None:
+        """Read what was trained, tensor by tensor; InputError names every missing, extra or wrongly shaped one.
+
+        Weights of the encoder or the LLM may be among them: they were trained then, are held in fp32 as they were in
+        training, and are saved again. With `only`, the name of a part, tensors of the other parts may be missing: they
+        stay as they are, with a warning, so that a second stage of training can add LoRA to a projector.
+        """
+        parameters, saved = dict(self.named_parameters()), self.parameters_to_save()
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                wanted = {name: tuple(p.shape) for name, p in parameters.items() if name in saved or name in shapes}
+                if only and (new := [n for n in wanted if n not in shapes and not n.startswith(f"{only}.")]):
+                    warnings.warn(f"{path}: without {new[0]} and the like ({len(new)}): they start new", stacklevel=2)
+                    wanted = {name: shape for name, shape in wanted.items() if name not in new}
+                if shapes != wanted:
+                    raise InputError(f"{path}: {misfits(self.config, shapes, wanted)}")
+                for name in shapes:
+                    if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
+                        self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
+                    parameters[name].data.copy_(file.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot read the trained weights ({error})") from None
+        self.ever_trained |= shapes.keys()
+
+    def push_to_hub(
+        self, repo_id: str, include_frozen: bool = False, revision: str | None = None, state_dict=None, **options
+    ) -> str:
+        """Upload what `save_pretrained` writes, and a model card, to a repository on the Hub; the commit's address.
+
+        Frozen parts that came with the model are named by where they once came from. `revision` is a branch; it and the
+        repository are made if need be. `options`: commit_message, token, and those of create_repo: private ...
+        """
+        import hub  # an option
+
+        config = hub.config_for_others(self.config, self.is_merged)
+        write = partial(self.write_files, config=config, include_frozen=include_frozen, state_dict=state_dict)
+        card = partial(hub.model_card, config, list(self.parameters_to_save()), self.is_merged, revision=revision)
+        return hub.push(write, card, config, repo_id, include_frozen, revision, **options)
+
+
+def matches(names: list[str], patterns: list[str]) -> bool:
+    """Whether a pattern is found in one of the names."""
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def check_patterns(patterns: list[str], names: list[str]) -> None:
+    """Raise InputError for a pattern that matches no name."""
+    for pattern in patterns:
+        try:
+            if not matches(names, [pattern]):
+                examples = ", ".join(names[:: len(names) // 4])
+                raise InputError(f"freeze pattern {pattern!r} matches no parameter; there are {examples} ...")
+        except re.error as error:
+            raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
+
+
+def num_weights(p: nn.Parameter) -> int:
+    """Number of weights; ZeRO-3 keeps a share of them in `p`, bitsandbytes packs them."""
+    if hasattr(p, "ds_numel"):
+        return p.ds_numel
+    return p.quant_state.shape.numel() if hasattr(p, "quant_state") and p.quant_state else p.numel()
+
+
+def misfits(config: SpeechLLMConfig, shapes: dict[str, tuple], wanted: dict[str, tuple]) -> str:
+    """Why the tensors of a file do not fit a model, the first twelve."""
+    wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
+    texts = [f"{n} is {shapes.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong[:12]]
+    texts += [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
+    if any(0 in shapes.get(name, ()) for name in wrong):
+        texts.insert(0, UNGATHERED)
+    sizes = f"encoder width {config.encoder_size}, LLM width {config.hidden_size}, {config.projector} projector"
+    sizes += f" of stride {config.projector_stride}, hidden size {config.projector_hidden_size}"
+    return f"does not fit {sizes}: {'; '.join(texts)}"
+
+
+@contextmanager
+def new_files_in(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which go to `folder` together at the end; after an error, none does."""
+    partial_folder = folder / "model.partial"
+    shutil.rmtree(partial_folder, ignore_errors=True)  # left by a kill
+    partial_folder.mkdir(parents=True)
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield partial_folder
+        for new in [path for path in partial_folder.rglob("*") if path.is_file()]:
+            new.chmod(0o666 & ~umask)  # safetensors makes files that nobody else may read
+            old = folder / new.relative_to(partial_folder)
+            old.parent.mkdir(parents=True, exist_ok=True)
+            new.replace(old)
+    finally:
+        shutil.rmtree(partial_folder)
+
+
+REVISION_OF = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
+
+
+def find_weights(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The trained weights in a local folder, or in the one that a Hub name is downloaded to; a file is itself."""
+    path = Path(name_or_path)
+    if not path.is_dir() and path.suffix != ".safetensors":
+        import hub  # an option
+
+        return hub.download(str(name_or_path), revision, token) / "model.safetensors"
+    if revision:
+        raise InputError(f"{name_or_path}: revision {revision} of local files; wanted none, or a Hub name")
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
+    """The config of a checkpoint folder; `overrides` replace fields of it (a moved LLM's path, say)."""
+    path = folder / "config.json"
+    if not path.is_file() and REVISION_OF.keys() <= overrides.keys():
+        return SpeechLLMConfig(**overrides)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("model_type") != SpeechLLMConfig.model_type:
+            raise ValueError("it describes another kind of model")
+        SpeechLLMConfig(**values)
+    except (OSError, ValueError) as error:
+        problem = "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix("config: ")
+        raise InputError(f"{path}: {problem}; wanted a folder that train.py or save_pretrained wrote") from None
+    for part, revision in REVISION_OF.items():
+        if part in overrides:  # another encoder or LLM than the checkpoint's, of another revision and origin
+            values[revision] = None
+            values["origin"] = {k: v for k, v in (values.get("origin") or {}).items() if k not in (part, revision)}
+        elif values.get(part) and (folder / values[part]).exists():  # a frozen part in the folder itself
+            values[part] = str((folder / values[part]).absolute())
+    return SpeechLLMConfig(**{**values, **overrides})
+
+
+def with_lasting_names(config: SpeechLLMConfig) -> SpeechLLMConfig:
+    """The config with absolute paths, and the commits that Hub names stand for today."""
+    config = copy.deepcopy(config)
+    for part, revision_of_part in REVISION_OF.items():
+        name, revision = getattr(config, part), getattr(config, revision_of_part)
+        if Path(name).exists():
+            if revision:
+                raise InputError(f"{name}: revision {revision} of local files; wanted none, or a Hub name")
+            setattr(config, part, str(Path(name).absolute()))
+        elif "/" in name and ":" not in name:
+            import hub  # an option
+
+            setattr(config, revision_of_part, hub.commit_of(name, revision))
+    return config
+
+
+def whole_weights():
+    """A context in which transformers loads whole weights though ZeRO-3 is on: some encoders cannot be sharded."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import zero3  # an option
+
+    return zero3.unsharded()

@@ -1,74 +1,58 @@
-"""Projectors: encoder frames (A, T, D) -> LLM embeddings (A, N, H). The letters are model.py's.
+"""Projectors other than model.py's Conv1d: encoder frames (A, T, D) -> LLM embeddings (A, N, H).
 
     projector = PROJECTORS[config.projector](encoder_size, llm_size, config)
     embeddings = projector(frames, lengths)  # of clip i, the first projector.output_lengths(lengths[i]) are valid
 
-A valid embedding depends on the valid frames of its own clip alone. There is no dropout and no batch statistic, so that
-training and decoding compute the same.
+A new projector is a class with these three methods and a row of PROJECTORS. A valid embedding depends on the valid
+frames of its own clip alone. There is no dropout and no batch statistic, so training and decoding compute the same.
+The shape letters are model.py's. conformer and qformer are meant for --projector_hidden_size 512, not the default 2048.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from encoders import valid
-from manifest import InputError
+from dataset import length_mask
+from errors import InputError
+
+if TYPE_CHECKING:
+    from model import SpeechLLMConfig
 
 
 class Projector(nn.Module):
-    """What all have in common: an embedding for every `projector_stride` frames, the dtype of the weights, checks."""
+    """What all of these have in common: one embedding for every `projector_stride` frames, in the weights' dtype."""
 
-    def __init__(self, config):
+    def __init__(self, config: "SpeechLLMConfig"):
         super().__init__()
-        for name in ("projector_stride", "projector_hidden_size", "projector_num_layers"):
-            if getattr(config, name) < 1:
-                raise InputError(f"--{name} {getattr(config, name)}: wanted 1 or more")
-        if config.projector_activation not in ACT2FN:
-            known = ", ".join(sorted(ACT2FN))
-            raise InputError(f"--projector_activation {config.projector_activation}: unknown; there are {known}")
         self.stride = config.projector_stride
 
     def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
-        return lengths // self.stride  # a tail shorter than the stride is dropped
+        return lengths // self.stride  # valid frames (A,) -> valid embeddings (A,)
 
     def cast(self, frames: Tensor) -> Tensor:
         return frames.to(next(self.parameters()).dtype)
 
     def stack(self, frames: Tensor) -> Tensor:
         """Neighbouring frames side by side: (A, T, D) -> (A, T // stride, stride * D)."""
-        count = frames.shape[1] // self.stride
-        return frames[:, : count * self.stride].unflatten(1, (count, self.stride)).flatten(2)
-
-
-class Conv1dProjector(Projector):
-    """Convolution with kernel = stride, activation, Linear, activation, Linear; N = T // stride.
-
-    Its parameters have the names that published checkpoints have.
-    """
-
-    def __init__(self, encoder_size: int, llm_size: int, config):
-        super().__init__(config)
-        self.conv = nn.Conv1d(encoder_size, encoder_size, kernel_size=self.stride, stride=self.stride)
-        self.activation = ACT2FN[config.projector_activation]
-        self.linear1 = nn.Linear(encoder_size, config.projector_hidden_size)
-        self.linear2 = nn.Linear(config.projector_hidden_size, llm_size)
-
-    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        x = self.conv(self.cast(frames).transpose(1, 2)).transpose(1, 2)  # (A, N, D)
-        return self.linear2(self.activation(self.linear1(self.activation(x))))
+        num_stacks = frames.shape[1] // self.stride
+        frames = frames[:, : num_stacks * self.stride]  # a tail shorter than the stride is dropped
+        return frames.unflatten(1, (num_stacks, self.stride)).flatten(2)
 
 
 class LinearProjector(Projector):
     """Frames stacked, Linear, activation, Linear; N = T // stride. The projector of SLAM-ASR (arXiv:2402.08846)."""
 
-    def __init__(self, encoder_size: int, llm_size: int, config):
+    def __init__(self, encoder_size: int, llm_size: int, config: "SpeechLLMConfig"):
         super().__init__(config)
         self.linear1 = nn.Linear(self.stride * encoder_size, config.projector_hidden_size)
         self.activation = ACT2FN[config.projector_activation]
         self.linear2 = nn.Linear(config.projector_hidden_size, llm_size)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        return self.linear2(self.activation(self.linear1(self.stack(self.cast(frames)))))  # (A, N, H)
+        x = self.stack(self.cast(frames))  # (A, N, stride * D)
+        return self.linear2(self.activation(self.linear1(x)))  # (A, N, H)
 
 
 class MLPProjector(Projector):
@@ -77,7 +61,7 @@ class MLPProjector(Projector):
     N = T // stride. As in SpeechLLM, with Xavier initialisation and a linear residual from stacked frames to LLM.
     """
 
-    def __init__(self, encoder_size: int, llm_size: int, config):
+    def __init__(self, encoder_size: int, llm_size: int, config: "SpeechLLMConfig"):
         super().__init__(config)
         stacked, hidden = self.stride * encoder_size, config.projector_hidden_size
         layers = [nn.Linear(stacked, hidden), ACT2FN[config.projector_activation]]
@@ -92,7 +76,7 @@ class MLPProjector(Projector):
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         x = self.stack(self.cast(frames))  # (A, N, stride * D)
-        return self.layers(x) + self.residual(x)
+        return self.layers(x) + self.residual(x)  # (A, N, H)
 
 
 class ConformerProjector(Projector):
@@ -100,17 +84,16 @@ class ConformerProjector(Projector):
 
     As the modality adapter of SALM (arXiv:2310.09424), with the layers of W2V-BERT 2.0, whose norms are all LayerNorms:
     learned relative positions (up to 64 embeddings away; 6.4 s at 10 Hz) and a depthwise convolution over the last 9.
-    One attention head for every 64 of projector_hidden_size, whose default of 2048 makes two layers 193 M parameters;
-    512 makes them 12 M. Conformers are usually trained with the activation silu.
+    One attention head for every 64 of projector_hidden_size. Take 512: two layers then have 12 M parameters; with the
+    default of 2048 they have 193 M. Conformers are usually trained with the activation silu.
     """
 
-    def __init__(self, encoder_size: int, llm_size: int, config):
+    def __init__(self, encoder_size: int, llm_size: int, config: "SpeechLLMConfig"):
         super().__init__(config)
         from transformers import Wav2Vec2BertConfig
         from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertEncoder
 
-        hidden, dropouts = config.projector_hidden_size, ("hidden_dropout", "attention_dropout", "activation_dropout")
-        dropouts += ("conformer_conv_dropout", "layerdrop")
+        hidden = config.projector_hidden_size
         layers = Wav2Vec2BertConfig(
             hidden_size=hidden,
             intermediate_size=4 * hidden,
@@ -122,7 +105,11 @@ class ConformerProjector(Projector):
             right_max_position_embeddings=64,
             conv_depthwise_kernel_size=9,
             attn_implementation="eager",
-            **dict.fromkeys(dropouts, 0.0),
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            conformer_conv_dropout=0.0,
+            layerdrop=0.0,
         )
         self.conv = nn.Conv1d(encoder_size, hidden, kernel_size=self.stride, stride=self.stride)
         self.conformer = Wav2Vec2BertEncoder(layers)
@@ -130,8 +117,8 @@ class ConformerProjector(Projector):
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         x = self.conv(self.cast(frames).transpose(1, 2)).transpose(1, 2)  # (A, N, hidden)
-        mask = valid(self.output_lengths(lengths), x.shape[1])
-        return self.linear(self.conformer(x, mask).last_hidden_state)
+        mask = length_mask(self.output_lengths(lengths), x.shape[1])  # (A, N), for attention and convolutions
+        return self.linear(self.conformer(x, mask).last_hidden_state)  # (A, N, H)
 
 
 class QFormerProjector(Projector):
@@ -139,10 +126,11 @@ class QFormerProjector(Projector):
 
     The window-level Q-Former of SALMONN (arXiv:2310.13289) with one query a window, and so without self-attention among
     queries. A learned vector for each place in the window tells its frames apart. N = T / stride, rounded up: the last
-    window may be partly padding, which is masked. One attention head for every 64 of projector_hidden_size.
+    window may be partly padding, which is masked. One attention head for every 64 of projector_hidden_size; take 512,
+    as for the Conformer.
     """
 
-    def __init__(self, encoder_size: int, llm_size: int, config):
+    def __init__(self, encoder_size: int, llm_size: int, config: "SpeechLLMConfig"):
         super().__init__(config)
         hidden = config.projector_hidden_size
         self.query = nn.Parameter(torch.randn(hidden) * 0.02)
@@ -154,19 +142,21 @@ class QFormerProjector(Projector):
         self.linear2 = nn.Linear(hidden, llm_size)
 
     def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
-        return -(-lengths // self.stride)
+        return -(-lengths // self.stride)  # rounded up
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        count = self.output_lengths(frames.shape[1])
-        padding = count * self.stride - frames.shape[1]
-        x = nn.functional.pad(self.linear1(self.cast(frames)), (0, 0, 0, padding))
-        windows = self.norm1(x.unflatten(1, (count, self.stride)) + self.places).flatten(0, 1)  # (A N, stride, hidden)
-        ignored = ~valid(lengths, count * self.stride).reshape(-1, self.stride)
+        num_windows = self.output_lengths(frames.shape[1])  # N
+        num_frames = num_windows * self.stride
+        x = self.linear1(self.cast(frames))  # (A, T, hidden)
+        x = nn.functional.pad(x, (0, 0, 0, num_frames - frames.shape[1]))  # the last window is filled up
+        x = x.unflatten(1, (num_windows, self.stride)) + self.places  # (A, N, stride, hidden)
+        windows = self.norm1(x).flatten(0, 1)  # (A N, stride, hidden)
+        ignored = ~length_mask(lengths, num_frames).reshape(-1, self.stride)  # (A N, stride)
         ignored[:, 0] = False  # with nothing to read in a window of padding, some kernels of attention give NaN
-        x = self.query.expand(len(windows), 1, -1)
+        queries = self.query.expand(len(windows), 1, -1)  # (A N, 1, hidden)
         for block in self.blocks:
-            x = block(x, windows, ignored)
-        return self.linear2(self.norm2(x)).view(len(frames), count, -1)
+            queries = block(queries, windows, ignored)
+        return self.linear2(self.norm2(queries)).view(len(frames), num_windows, -1)  # (A, N, H)
 
 
 class QFormerBlock(nn.Module):
@@ -194,7 +184,6 @@ def num_heads(hidden: int) -> int:
 
 
 PROJECTORS = {
-    "conv1d": Conv1dProjector,
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "conformer": ConformerProjector,

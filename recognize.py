@@ -5,52 +5,62 @@ python recognize.py --model_path run a.wav b.flac
 """
 
 import argparse
+import json
 import os
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from glob import escape
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from journal import append, fingerprint, finish, open_journal, read_journals
-from manifest import InputError, Manifest, reference, run
-from score import score_files
+from errors import InputError, run
+from manifest import DecodingOptions, Hypothesis, Records, key_of, open_records, transcript_of
+from score import score
+
+if TYPE_CHECKING:
+    from model import SpeechLLM  # imported where it is used, so that --help and wrong input are quick
+
+# Flags that replace what the checkpoint's config.json says.
+OVERRIDES = {
+    "llm_model_name_or_path": "the LLM",
+    "encoder_name_or_path": "the speech encoder",
+    "prompt": "the user's turn, with <audio> in it",
+    "system_prompt": "the system's turn",
+    "chat_template": "FILE.jinja in place of the LLM's own",
+    "quantize": "4bit or 8bit: hold the LLM so, by bitsandbytes on a GPU",
+    "frozen_dtype": "float32, bfloat16 or auto: of the frozen weights",
+}
+ALIASES = {"encoder_name_or_path": ["--whisper_model_name_or_path"], "frozen_dtype": ["--dtype"]}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("audio", nargs="*", help="audio files to recognise, one transcript a line on standard output")
     add("--model_path", help="folder or Hub name: says of itself which encoder, LLM and prompt it needs")
     add("--revision", help="of --model_path on the Hub: branch, tag or commit")
     add("--projector_model_path", help="model.safetensors, in place of --model_path")
-    add("--llm_model_name_or_path", help="the LLM (default: what the checkpoint names)")
-    names = "--encoder_name_or_path", "--whisper_model_name_or_path"
-    add(*names, help="the speech encoder (default: what the checkpoint names)")
-    add("--prompt", help="the user's turn, with <audio> in it (default: the checkpoint's)")
-    add("--system_prompt", help="the system's turn (default: the checkpoint's)")
-    add("--chat_template", help="FILE.jinja in place of the LLM's own (default: the checkpoint's)")
-    add("--quantize", choices=["4bit", "8bit"], help="hold the LLM so, by bitsandbytes on a GPU")
+    for name, text in OVERRIDES.items():
+        add(f"--{name}", *ALIASES.get(name, []), help=f"{text} (default: the checkpoint's)")
     add("--merge_lora", action="store_true", help="add LoRA to the weights beside it, for speed")
-    add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'")
+    add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'; or KIND:PLACE, see sources.py")
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
-    add("--num_beams", type=int, default=4, help="beams of the search; 1 = greedy (default: 4)")
+    for option in fields(DecodingOptions):
+        text = f"{option.metadata['help']} (default: {option.default})"
+        add(f"--{option.name}", type=option.type, default=option.default, help=text)
     add("--batch_size", type=int, default=16, help="utterances decoded together (default: 16)")
-    add("--max_new_tokens", type=int, default=200, help="most tokens of a transcript (default: 200)")
     add("--num_workers", type=int, default=2, help="processes that read audio; 0 = none (default: 2)")
     add("--device", help="default: this process's GPU if there is one, else cpu")
     add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
-    args = parser.parse_args()
-    for name, value in search_options(args).items():
-        if value < 1:
-            parser.error(f"--{name} {value}: wanted 1 or more")
-    if (args.device or "").startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: no CUDA GPU here")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size}: wanted 1 or more")
     if not args.model_path and not args.projector_model_path:
         parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
     if bool(args.audio) == bool(args.data_path and args.result_path):
@@ -58,74 +68,150 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def load_model(args: argparse.Namespace):
+def load_model(args: argparse.Namespace) -> "SpeechLLM":
     """The SpeechLLM that the flags name; they win over the config.json beside the weights, and can stand in for it."""
-    from model import SpeechLLM  # here, so that --help is quick
+    import torch
 
-    names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize".split()
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    from model import SpeechLLM
+
+    has_gpu = torch.cuda.is_available()
+    if (args.device or "").startswith("cuda") and not has_gpu:
+        raise InputError(f"--device {args.device}: no CUDA GPU here")
+    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu")
+    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name)}
     path = args.projector_model_path or args.model_path
-    model = SpeechLLM.from_pretrained(path, args.revision, args.device or gpu, **given)
+    model = SpeechLLM.from_pretrained(path, args.revision, device, **overrides)
     if args.merge_lora:
         model.merge_lora()
     return model
 
 
-def search_options(args: argparse.Namespace) -> dict[str, int]:
-    return {name: getattr(args, name) for name in ("batch_size", "num_beams", "max_new_tokens")}
-
-
-def recognize_files(args: argparse.Namespace) -> None:
-    """One transcript a line for each audio file; one that cannot be read gives an empty line and a warning."""
-    print(*load_model(args).transcribe(args.audio, **search_options(args)), sep="\n")
-
-
-def recognize_manifest(args: argparse.Namespace) -> None:
+def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> None:
     """Decode a manifest into a result file, on one process or on a share each of several, and score it."""
-    manifest = Manifest(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
+    records = open_records(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
     if not (folder := Path(args.result_path).parent).is_dir():
         raise InputError(f"{folder}: no such folder, for --result_path {args.result_path}")
     if not args.result_path.endswith((".txt", ".jsonl")):
         raise InputError(f"--result_path {args.result_path}: wanted the ending .txt or .jsonl")
-    rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, num_processes, wait_for_all = 0, int(os.environ.get("WORLD_SIZE", 1)), lambda: None
     if num_processes > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    wait_for_all = dist.barrier if num_processes > 1 else lambda: None
+        import distributed  # an option
+
+        rank, wait_for_all = int(os.environ["RANK"]), distributed.join()
     model = load_model(args)
-    dataset = model.to_decode(manifest, args.max_new_tokens)
-    key = fingerprint(model, manifest.sha256, args.num_beams, args.max_new_tokens)
-    done, foreign = read_journals(args.result_path, key)
+    dataset = model.decoding_dataset(records, options)
+    key = key_of_result(model, records, options)
+    finished, foreign = read_unfinished(args.result_path, key)
     wait_for_all()  # all have read before anyone writes
-    if rank == 0 and done:
-        print(f"going on: {len(done):,} of {len(manifest):,} utterances were decoded before", file=sys.stderr)
+    if rank == 0 and finished:
+        print(f"going on: {len(finished):,} of {len(records):,} utterances were decoded before", file=sys.stderr)
     if rank == 0 and foreign:
         print("starting over: an unfinished result of another model, manifest or setting is there", file=sys.stderr)
         for path in foreign:
             path.unlink()
     wait_for_all()
 
-    todo = sorted((i for i in range(len(manifest)) if i not in done), key=lambda i: -dataset.durations[i])
-    mine, begin, audio_seconds = todo[rank::num_processes], time.perf_counter(), 0.0
-    batches = model.decode(dataset, mine, num_workers=args.num_workers, **search_options(args))
-    bar = tqdm(total=len(mine), unit="utt", disable=rank > 0)
-    with open_journal(args.result_path, key, rank) as journal, bar:
-        for batch in batches:
-            append(journal, batch)
-            audio_seconds += sum(dataset.durations[index] for index, _, _ in batch)
+    todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
+    share = todo[rank::num_processes]
+    begin, audio_seconds = time.perf_counter(), 0.0
+    bar = tqdm(total=len(share), unit="utt", disable=rank > 0)
+    with open_unfinished(args.result_path, key, rank) as file, bar:
+        for hypotheses in model.decode(dataset, share, args.batch_size, args.num_workers, options):
+            append(file, hypotheses)
+            audio_seconds += sum(dataset.durations[hypothesis.index] for hypothesis in hypotheses)
             bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
-            bar.update(len(batch))
+            bar.update(len(hypotheses))
     wait_for_all()
-    if rank > 0:
-        return
-    problems = finish(args.result_path, manifest, key)
-    if problems:
-        print(f"{len(problems):,} of {len(manifest):,} utterances have problems:", file=sys.stderr)
-        print(*(f"  line {number}: {problem}" for number, problem in problems), sep="\n", file=sys.stderr)
-    if any(reference(record) is not None for record in manifest):
-        print(score_files(args.data_path, args.result_path))
+    if rank == 0:
+        finished, _ = read_unfinished(args.result_path, key)
+        write_result(args.result_path, records, finished)
+        print_problems_and_score(records, dataset.durations, finished)
+
+
+def print_problems_and_score(records: Records, durations: Sequence[float], hypotheses: dict[int, Hypothesis]) -> None:
+    if problems := [h.problem for _, h in sorted(hypotheses.items()) if h.problem]:
+        print(f"{len(problems):,} of {len(records):,} utterances have problems:", file=sys.stderr)
+        print(*problems, sep="\n", file=sys.stderr)
+    texts = [(transcript_of(record), hypotheses[i].text, durations[i]) for i, record in enumerate(records)]
+    if texts := [row for row in texts if row[0] is not None]:
+        print(score(*zip(*texts, strict=True)).summary())
+        if len(texts) < len(records):
+            print(f"not scored: {len(records) - len(texts):,} lines without a reference")
+        print("score.py tells more: it lists the lines that were left out, and why")
+
+
+# The unfinished result
+#
+# Finished utterances of each process lie beside the result file, in result.txt.partial-RANK: JSON lines, of which the
+# first is a key of all that decides a hypothesis and the others are hypotheses. So a killed run can be gone on from,
+# by any number of processes, and what another run has left is never mixed in.
+
+
+def key_of_result(model: "SpeechLLM", records: Records, options: DecodingOptions) -> str:
+    """Hash of all that decides the hypotheses: config, the start of every weight tensor, records, options."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ("training", "origin")}
+    digest = sha256(json.dumps([config, records.fingerprint(), asdict(options)], sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def unfinished_files(result_path: str) -> list[Path]:
+    return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.partial-*"))
+
+
+def read_unfinished(result_path: str, key: str) -> tuple[dict[int, Hypothesis], list[Path]]:
+    """Finished hypotheses by index, and the files with another key, which are of no use."""
+    finished, foreign = {}, []
+    for path in unfinished_files(result_path):
+        lines = path.read_bytes().split(b"\n")[:-1]  # a last line without its end was torn by the kill
+        if not lines or json.loads(lines[0]) != key:
+            foreign.append(path)
+            continue
+        for hypothesis in (Hypothesis(**json.loads(line)) for line in lines[1:]):
+            finished[hypothesis.index] = hypothesis
+    return finished, foreign
+
+
+def open_unfinished(result_path: str, key: str, rank: int) -> BinaryIO:
+    """This process's file, open for writing behind its last whole line."""
+    path = Path(f"{result_path}.partial-{rank}")
+    if not path.exists():
+        path.write_text(json.dumps(key) + "\n")
+    file = open(path, "r+b")  # noqa: SIM115
+    file.seek(file.read().rfind(b"\n") + 1)
+    file.truncate()
+    return file
+
+
+def append(file: BinaryIO, hypotheses: list[Hypothesis]) -> None:
+    """Put hypotheses on the disk, whatever happens next."""
+    file.write("".join(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in hypotheses).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypothesis]) -> None:
+    """Write the result file, in the order of the records; it appears whole or not at all."""
+    with open(f"{result_path}.whole", "w", encoding="utf-8") as file:
+        for index, record in enumerate(records):
+            row = asdict(hypotheses[index])
+            text = row.pop("text")
+            row = {"key": key_of(record), "wav": record.get("wav"), "txt": transcript_of(record), "pred": text} | row
+            file.write((json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else text) + "\n")
+    os.replace(f"{result_path}.whole", result_path)
+    for path in unfinished_files(result_path):
+        path.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    options = DecodingOptions(**{option.name: getattr(args, option.name) for option in fields(DecodingOptions)})
+    if args.audio:  # one transcript a line; of a file that cannot be read an empty line, and a warning
+        print(*load_model(args).transcribe(args.audio, args.batch_size, **asdict(options)), sep="\n")
+    else:
+        recognize_manifest(args, options)
 
 
 if __name__ == "__main__":
-    args = parse()
-    run(lambda: recognize_files(args) if args.audio else recognize_manifest(args))
+    run(main)

@@ -1,34 +1,65 @@
-"""Word and character error rates of a result file, with and without hallucinated lines.
+"""Word and character error rates, with and without hallucinated lines.
 
     python score.py --data_path test.jsonl --result_path result.txt
     WER 7.62 / 6.29, 12 of 2,620 lines left out
 
-The first figure counts every line: errors summed over the corpus, divided by the length of all references.
-
-The second leaves out the lines where the LLM did something else than transcribe: hallucination.py says which.
+The first figure counts every line: errors summed over the corpus, divided by the length of all references. The second
+leaves out the lines where the LLM did something else than transcribe: hallucination.py says which.
 """
 
-import argparse
-import json
+import math
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jiwer
-import numpy as np
 
-from audio import seconds_of
-from hallucination import UNSPACED, cut, hallucination
-from manifest import BadUtterance, InputError, Manifest, record_key, reference, run
+from errors import InputError, run
+from hallucination import UNSPACED, hallucination
 
-METRICS, NORMALIZERS = ("auto", "wer", "cer"), ("none", "basic", "english")
+# A metric is a function that cuts a text into the tokens to count, and a row. Its docstring is printed for the user.
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Errors summed over lines, in words (WER) or characters (CER)."""
+def words(text: str) -> list[str]:
+    """words between whitespace"""
+    return text.split()
+
+
+def characters(text: str) -> list[str]:
+    """characters without whitespace"""
+    return list("".join(text.split()))
+
+
+METRICS = {"wer": words, "cer": characters}
+
+# A normaliser is a function that returns what both texts go through first, and a row. Its docstring is for --help.
+
+
+def unchanged() -> Callable[[str], str]:
+    """nothing, so case and punctuation count"""
+    return str
+
+
+def whisper_basic() -> Callable[[str], str]:
+    """Whisper's, lower case, no punctuation (nor the vowel signs of Thai and Hindi)"""
+    from whisper.normalizers import BasicTextNormalizer  # here, for whisper imports torch: 3 s
+
+    return BasicTextNormalizer()
+
+
+def whisper_english() -> Callable[[str], str]:
+    """Whisper's, also for spelling, numbers and contractions"""
+    from whisper.normalizers import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()
+
+
+NORMALIZERS = {"none": unchanged, "basic": whisper_basic, "english": whisper_english}
+
+
+class Counts(NamedTuple):
+    """Errors of one line, or summed over lines, in the tokens of a metric."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -42,38 +73,24 @@ class Counts:
     @property
     def rate(self) -> float:
         """Errors / reference_length, a fraction; nan where every reference is empty, whatever the errors."""
-        return self.errors / self.reference_length if self.reference_length else float("nan")
+        return self.errors / self.reference_length if self.reference_length else math.nan
 
 
 @dataclass(frozen=True)
 class Score:
-    metric: str  # "wer" or "cer", never "auto"
-    normalizer: str
-    num_lines: int
-    all: Counts
+    metric: str  # a row of METRICS, never "auto"
+    normalizer: str  # a row of NORMALIZERS
+    all: Counts  # of all lines
     filtered: Counts  # without the hallucinated lines
-    hallucinated: list[tuple[int, str]]  # (index of the line, reason)
-
-    def parts(self) -> list[tuple[str, Counts]]:
-        return [("all", self.all), ("filtered", self.filtered)]
+    hallucinated: dict[int, str]  # index of a line -> why it is left out
+    lines: list[Counts] = field(repr=False)  # of each line, in the order of the corpus
+    alignments: list[jiwer.WordOutput] = field(repr=False)  # of each line; jiwer.visualize_alignment prints one
 
     def summary(self) -> str:
         """`WER 7.62 / 6.29, 12 of 2,620 lines left out`: per cent of all lines / without these."""
         rates = f"{100 * self.all.rate:.2f} / {100 * self.filtered.rate:.2f}"
-        left_out = f"{len(self.hallucinated):,} of {self.num_lines:,} lines left out"
+        left_out = f"{len(self.hallucinated):,} of {len(self.lines):,} lines left out"
         return f"{self.metric.upper()} {rates}, {left_out}"
-
-    def report(self, hypotheses: Sequence[str], names: Sequence[str] | None = None) -> str:
-        """The summary, the counts of both figures, and each line left out, called by its `names` if given."""
-        unit = {"wer": "words", "cer": "characters without whitespace"}[self.metric]
-        lines = [self.summary(), f"metric: {self.metric}, in {unit}; normalizer: {self.normalizer}"]
-        for title, counts in (("all lines", self.all), ("without the lines left out", self.filtered)):
-            kinds = ", ".join(f"{kind.replace('_', ' ')} {n:,}" for kind, n in asdict(counts).items())
-            lines.append(f"{title}: errors {counts.errors:,}: {kinds}")
-        for index, reason in self.hallucinated:
-            name = names[index] if names else f"line {index + 1}"
-            lines.append(f"left out: {name}: {reason}\n    {cut(hypotheses[index], 90)}")
-        return "\n".join(lines)
 
 
 def score(
@@ -85,30 +102,40 @@ def score(
 ) -> Score:
     """The error counts of a corpus, over all lines and without hallucinated lines.
 
-    WER splits words at whitespace; CER counts code points and ignores whitespace. "auto" is CER where most
-    letters of the references are Chinese, Japanese or Thai, else WER. A reference may be empty: its
-    hypothesis is then all insertions. `durations` are in seconds; None, for all lines or for one, switches
-    "too long" off. What is hallucinated is decided on the text as given: the normaliser has no say in it.
+    "auto" is "cer" where most letters of the references are Chinese, Japanese or Thai, else "wer". A reference may be
+    empty: its hypothesis is then all insertions. `durations` are in seconds; without them, or where one is None or NaN,
+    "too long" is not checked. hallucination.py reads the texts as they are, not normalised.
     Raises InputError (a ValueError) for unequal lengths and unknown names.
     """
     durations = [None] * len(references) if durations is None else durations
     lengths = (len(references), len(hypotheses), len(durations))
     if len(set(lengths)) > 1:
         raise InputError(f"found {lengths} references, hypotheses and durations; wanted as many of each")
-    for name, value, known in (("metric", metric, METRICS), ("normalizer", normalizer, NORMALIZERS)):
-        if value not in known:
-            raise InputError(f"{name}: found {value!r}; wanted one of {', '.join(known)}")
+    for option, name, names in (("metric", metric, ["auto", *METRICS]), ("normalizer", normalizer, NORMALIZERS)):
+        if name not in names:
+            raise InputError(f"{option}: found {name!r}; wanted one of {', '.join(names)}")
     metric = choose_metric(references) if metric == "auto" else metric
-    normalize = _load_normalizer(normalizer)
-    rows, kept, hallucinated = [], [], []
-    lines = zip(references, hypotheses, durations, strict=True)
-    for index, (spoken, written, seconds) in enumerate(lines):
-        rows.append(_count_line(normalize(spoken), normalize(written), metric))
-        if reason := hallucination(spoken, written, seconds):
-            hallucinated.append((index, reason))
-        else:
-            kept.append(rows[-1])
-    return Score(metric, normalizer, len(rows), _total(rows), _total(kept), hallucinated)
+    normalize, tokens_of = NORMALIZERS[normalizer](), METRICS[metric]
+
+    alignments = [
+        align(tokens_of(normalize(reference)), tokens_of(normalize(hypothesis)))
+        for reference, hypothesis in zip(references, hypotheses, strict=True)
+    ]
+    lines = [Counts(a.substitutions, a.deletions, a.insertions, len(a.references[0])) for a in alignments]
+    reasons = map(hallucination, references, hypotheses, durations)
+    hallucinated = {index: reason for index, reason in enumerate(reasons) if reason}
+    others = [counts for index, counts in enumerate(lines) if index not in hallucinated]
+    return Score(metric, normalizer, total(lines), total(others), hallucinated, lines, alignments)
+
+
+def align(reference: list[str], hypothesis: list[str]) -> jiwer.WordOutput:
+    """Which tokens of a line stand for which."""
+    # jiwer is given tokens, for it would split words at U+0020 alone. One call for a whole corpus is no faster.
+    return jiwer.process_words([reference], [hypothesis], reference_transform=list, hypothesis_transform=list)
+
+
+def total(lines: Sequence[Counts]) -> Counts:
+    return Counts(*map(sum, zip(*lines, strict=True)))
 
 
 def choose_metric(references: Sequence[str]) -> str:
@@ -118,127 +145,7 @@ def choose_metric(references: Sequence[str]) -> str:
     return "cer" if num_unspaced > len(re.findall(rf"[^\W\d_{UNSPACED}]", text)) else "wer"
 
 
-def _load_normalizer(name: str) -> Callable[[str], str]:
-    if name == "none":
-        return str
-    from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer  # 5 s: it imports torch
-
-    return BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer()
-
-
-def _count_line(reference: str, hypothesis: str, metric: str) -> tuple[int, int, int, int]:
-    """(substitutions, deletions, insertions, reference length) of one line."""
-    split = str.split if metric == "wer" else lambda text: list("".join(text.split()))
-    spoken, written = split(reference), split(hypothesis)
-    # Tokens go in as they are: jiwer splits words at U+0020 alone, and counts spaces as characters.
-    errors = jiwer.process_words([spoken], [written], reference_transform=list, hypothesis_transform=list)
-    return errors.substitutions, errors.deletions, errors.insertions, len(spoken)
-
-
-def _total(rows: list[tuple[int, int, int, int]]) -> Counts:
-    return Counts(*(sum(column) for column in zip(*rows, strict=True)))
-
-
-def read_hypotheses(path: str, keys: Sequence[str]) -> list[str]:
-    """The hypotheses of a .txt or .jsonl result file, one for each line of the manifest. Raises InputError."""
-    if not str(path).endswith((".txt", ".jsonl")) or not Path(path).is_file():
-        raise InputError(f"{path}: no such result file; wanted a .txt or .jsonl that recognize.py wrote")
-    try:  # cut at "\n" alone: str.splitlines would also cut inside a hypothesis
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read ({error}); wanted text in UTF-8") from None
-    lines = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-    if len(lines) != len(keys):
-        wanted = f"{len(keys):,}, one for each line of the manifest"
-        raise InputError(f"{path}: found {len(lines):,} lines; wanted {wanted}; let recognize.py finish")
-    if str(path).endswith(".txt"):
-        return lines
-    hypotheses = []
-    for number, (line, key) in enumerate(zip(lines, keys, strict=True), 1):
-        try:
-            row = json.loads(line)
-            found, text = str(row["key"]), row["pred"] + ""
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}:{number}: wanted a JSON object with 'key' and 'pred'; decode again") from None
-        if found != key:
-            raise InputError(f"{path}:{number}: found key {found!r}; wanted {key!r}; decode this manifest")
-        hypotheses.append(text)
-    return hypotheses
-
-
-def score_files(
-    data_path: str, result_path: str, metric: str = "auto", normalizer: str = "none", as_json: bool = False
-) -> str:
-    """The report of a result file on a manifest, or one JSON object. Lines without a reference are not scored."""
-    manifest = Manifest(data_path, needs_text=False)
-    records = list(manifest)
-    keys = [record_key(record) for record in records]
-    hypotheses = read_hypotheses(result_path, keys)
-    scored = [index for index, record in enumerate(records) if reference(record) is not None]
-    if not scored:
-        raise InputError(f"{data_path}: found {len(records):,} lines, none with a reference; wanted 'txt' in them")
-    durations = [known_seconds(records[index], manifest.durations[index]) for index in scored]
-    references = [reference(records[index]) for index in scored]
-    hypotheses = [hypotheses[index] for index in scored]
-    result = score(references, hypotheses, durations, metric, normalizer)
-    if as_json:
-        counts = {name: asdict(c) | {"rate": c.rate if c.reference_length else None} for name, c in result.parts()}
-        numbers = {"num_not_scored": len(records) - len(scored), "num_unknown_durations": durations.count(None)}
-        left_out = [
-            {"place": records[scored[i]]["where"], "key": keys[scored[i]], "reason": reason, "pred": hypotheses[i]}
-            for i, reason in result.hallucinated
-        ]
-        return json.dumps(asdict(result) | counts | numbers | {"hallucinated": left_out})
-    lines = [result.report(hypotheses, [f"{records[index]['where']} {keys[index]}" for index in scored])]
-    if metric == "auto":
-        lines.append(f"{result.metric} was chosen by the script of the references; --metric overrules that")
-    if len(scored) < len(records):
-        lines.append(f"not scored: {len(records) - len(scored):,} lines without a reference")
-    if None in durations:
-        lines.append(f'duration unknown: {durations.count(None):,} lines, for which "too long" was not checked')
-    return "\n".join(lines)
-
-
-def known_seconds(record: dict, stated: float) -> float | None:
-    try:
-        return seconds_of(record, stated)
-    except BadUtterance:
-        return None if np.isnan(stated) else float(stated)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Word or character error rate of a result file: all lines / without hallucinated ones. "
-        "These are listed with the reason. The top of hallucination.py says how they are found.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--data_path", required=True, help="manifest with the references: JSON lines with wav and txt")
-    add("--result_path", required=True, help="what recognize.py wrote: .txt, or .jsonl with key and pred")
-    add(
-        "--metric",
-        choices=METRICS,
-        default="auto",
-        help="wer: words; cer: characters without whitespace; auto: cer where most letters of the references are "
-        "Chinese, Japanese or Thai, else wer (default: auto)",
-    )
-    add(
-        "--normalizer",
-        choices=NORMALIZERS,
-        default="none",
-        help="what both texts go through first. none: nothing, so case and punctuation count; basic: Whisper's, lower "
-        "case, no punctuation (nor the vowel signs of Thai and Hindi); english: Whisper's, also for spelling, numbers "
-        "and contractions (default: none)",
-    )
-    add("--json", action="store_true", help="print one JSON object; rates are fractions, null without references")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
-    sys.stdout.reconfigure(errors="backslashreplace")  # where a text cannot be shown, the numbers still can
-    print(score_files(args.data_path, args.result_path, args.metric, args.normalizer, args.json))
-
-
 if __name__ == "__main__":
+    from report import main  # an option: the report of a result file
+
     run(main)

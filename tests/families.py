@@ -216,22 +216,20 @@ def make_wave_encoder(
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"conv_dim": [16] * 7, "initializer_range": 0.2}
-    if name != "Data2VecAudio":  # which is layer-normed and has five narrow positional convolutions
-        sizes |= {"feat_extract_norm": "layer" if large else "group", "conv_bias": large}
-        sizes |= {"do_stable_layer_norm": large, "num_conv_pos_embedding_groups": 4}
+    sizes |= {"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 4, "initializer_range": 0.2}
+    sizes |= {"feat_extract_norm": "layer" if large else "group", "conv_bias": large, "do_stable_layer_norm": large}
     model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**sizes | options))
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=large)
     return save_encoder(folder, model, extractor)
 
 
-def make_w2v_bert(folder: Path, **options) -> Path:
+def make_w2v_bert(folder: Path) -> Path:
     import transformers
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"conv_depthwise_kernel_size": 7, "initializer_range": 0.2, "output_hidden_size": 32}
-    model = transformers.Wav2Vec2BertModel(transformers.Wav2Vec2BertConfig(**sizes | options))
+    sizes |= {"conv_depthwise_kernel_size": 7, "initializer_range": 0.2}
+    model = transformers.Wav2Vec2BertModel(transformers.Wav2Vec2BertConfig(**sizes))
     return save_encoder(folder, model, transformers.SeamlessM4TFeatureExtractor(padding_value=1))
 
 

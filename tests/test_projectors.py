@@ -1,30 +1,23 @@
-"""What projectors.py promises, of every projector in its table."""
-
-from dataclasses import dataclass
+"""What every projector promises, the default one too."""
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from manifest import InputError
-from projectors import PROJECTORS, Conv1dProjector
+from errors import InputError
+from model import Conv1dProjector, SpeechLLMConfig
+from projectors import PROJECTORS
 
 LENGTHS = [23, 1, 20, 9, 5, 14, 4]  # frames: with and without a tail, and shorter than the stride
-EVERY = pytest.mark.parametrize("name", PROJECTORS)
-
-
-@dataclass
-class Config:
-    projector_stride: int = 5
-    projector_hidden_size: int = 2048
-    projector_num_layers: int = 2
-    projector_activation: str = "relu"
+EVERY_PROJECTOR = {"conv1d": Conv1dProjector, **PROJECTORS}
+EVERY = pytest.mark.parametrize("name", EVERY_PROJECTOR)
 
 
 def build(name: str, **options) -> torch.nn.Module:
     """A small projector, 8 wide to 6 wide; its weights are always the same, and no bias or norm is idle."""
     torch.manual_seed(0)
-    projector = PROJECTORS[name](8, 6, Config(**{"projector_hidden_size": 128} | options))
+    config = SpeechLLMConfig(**{"projector": name, "projector_hidden_size": 128} | options)
+    projector = EVERY_PROJECTOR[name](8, 6, config)
     with torch.no_grad():
         for parameter in projector.parameters():
             parameter += torch.randn_like(parameter) * 0.1
@@ -61,14 +54,14 @@ def embed(projector, frames: list[torch.Tensor], padding: float = 0.0) -> list[t
 )
 def test_the_default_projector_has_the_size_that_published_results_name(llm_size, encoder_size, millions):
     with torch.device("meta"):
-        projector = Conv1dProjector(encoder_size, llm_size, Config())
-    count = sum(p.numel() for p in projector.parameters()) / 2**20
-    assert f"{count:.{len(millions.partition('.')[2])}f}" == millions
+        projector = Conv1dProjector(encoder_size, llm_size, SpeechLLMConfig())
+    num_millions = sum(p.numel() for p in projector.parameters()) / 2**20
+    assert f"{num_millions:.{len(millions.partition('.')[2])}f}" == millions
 
 
 def test_the_default_projector_has_the_tensors_of_published_checkpoints():
-    found = {name: tuple(tensor.shape) for name, tensor in Conv1dProjector(8, 6, Config()).state_dict().items()}
-    assert found == {
+    projector = Conv1dProjector(8, 6, SpeechLLMConfig())
+    assert {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()} == {
         "conv.weight": (8, 8, 5),
         "conv.bias": (8,),
         "linear1.weight": (2048, 8),
@@ -82,7 +75,7 @@ def test_the_default_projector_has_the_tensors_of_published_checkpoints():
 
 
 @EVERY
-@pytest.mark.parametrize("stride", [1, 4, 5])
+@pytest.mark.parametrize("stride", [1, 5])
 def test_there_are_as_many_embeddings_as_output_lengths_says(name, stride):
     projector = build(name, projector_stride=stride)
     for frames in clips([stride, stride + 1, 23, 24]):
@@ -91,7 +84,7 @@ def test_there_are_as_many_embeddings_as_output_lengths_says(name, stride):
 
 
 @EVERY
-@pytest.mark.parametrize("stride", [1, 4, 5])
+@pytest.mark.parametrize("stride", [1, 5])
 def test_output_lengths_are_the_same_for_a_number_and_a_tensor(name, stride):
     projector = build(name, projector_stride=stride)
     numbers = [projector.output_lengths(length) for length in range(50)]
@@ -115,8 +108,8 @@ def test_an_embedding_is_the_same_alone_and_in_a_batch(name):
 @EVERY
 def test_what_stands_in_the_padding_changes_nothing(name):
     projector, frames = build(name), clips()
-    for wanted, found in zip(embed(projector, frames), embed(projector, frames, padding=1e4), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    zeros, noise = embed(projector, frames), embed(projector, frames, padding=1e4)
+    torch.testing.assert_close(noise, zeros, atol=1e-5, rtol=1e-5)
 
 
 @EVERY
@@ -135,10 +128,10 @@ def test_a_gradient_is_the_sum_of_those_of_each_clip_alone(name):
 @EVERY
 def test_a_clip_without_frames_harms_no_other(name):
     projector, frames = build(name), [*clips([11, 20]), torch.zeros(0, 8)]
-    *found, nothing = embed(projector, frames)
+    *others, nothing = embed(projector, frames)
     assert len(nothing) == 0
-    torch.testing.assert_close(found, embed(projector, frames[:2]), atol=1e-5, rtol=1e-5)
-    sum(row.sum() for row in found).backward()
+    torch.testing.assert_close(others, embed(projector, frames[:2]), atol=1e-5, rtol=1e-5)
+    sum(row.sum() for row in others).backward()
     assert all(p.grad.isfinite().all() for p in projector.parameters())
 
 
@@ -155,13 +148,13 @@ def test_an_embedding_sees_its_own_frames_and_no_others(name):
 @EVERY
 def test_every_frame_counts_and_so_does_the_order_of_the_frames_of_an_embedding(name):
     projector, (frames,) = build(name), clips([20])
-    wanted = embed(projector, [frames])[0]
+    embeddings = embed(projector, [frames])[0]
     swapped = frames[[0, 1, 2, 3, 4, 5, 6, 8, 7, 9, *range(10, 20)]]
-    assert (embed(projector, [swapped])[0] - wanted).abs().max() > 1e-4
+    assert (embed(projector, [swapped])[0] - embeddings).abs().max() > 1e-4
     for n in range(20):
         changed = frames.clone()
         changed[n] += 1
-        assert (embed(projector, [changed])[0] - wanted).abs().max() > 1e-4
+        assert (embed(projector, [changed])[0] - embeddings).abs().max() > 1e-4
 
 
 def test_the_q_former_reads_a_tail_that_is_shorter_than_the_stride():
@@ -196,11 +189,11 @@ def test_the_weights_are_fp32_and_frames_of_any_type_are_cast_to_theirs(name):
     projector, frames = build(name), clips()
     assert {p.dtype for p in projector.parameters()} == {torch.float32}
     rounded = [clip.bfloat16() for clip in frames]
-    wanted, found = embed(projector, [clip.float() for clip in rounded]), embed(projector, rounded)
-    assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+    expected = embed(projector, [clip.float() for clip in rounded])
+    assert all(a.equal(b) for a, b in zip(embed(projector, rounded), expected, strict=True))
     assert embed(projector.bfloat16(), frames)[0].dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(embed(build(name), frames)[0].float(), wanted[0], atol=0.2, rtol=0.1)
+        torch.testing.assert_close(embed(build(name), frames)[0].float(), expected[0], atol=0.2, rtol=0.1)
 
 
 @EVERY
@@ -225,17 +218,22 @@ def test_each_setting_changes_the_projector(name):
     assert (relu - silu).abs().max() > 1e-4
 
 
-@EVERY
 @pytest.mark.parametrize("setting", ["projector_stride", "projector_hidden_size", "projector_num_layers"])
-def test_a_setting_below_1_is_an_error(name, setting):
-    with pytest.raises(InputError, match=f"--{setting} 0: wanted 1 or more"):
-        build(name, **{setting: 0})
+def test_a_setting_below_1_is_an_error(setting):
+    with pytest.raises(InputError, match=f"{setting} is 0; wanted 1 or more"):
+        SpeechLLMConfig(**{setting: 0})
 
 
-@EVERY
-def test_an_unknown_activation_is_an_error_that_names_those_there_are(name):
-    with pytest.raises(InputError, match=r"--projector_activation rely: .* gelu, .* relu, .* silu"):
-        build(name, projector_activation="rely")
+def test_an_unknown_activation_is_an_error_that_names_those_there_are():
+    with pytest.raises(InputError, match=r"projector_activation is rely; wanted one of gelu, .* relu, .* silu"):
+        SpeechLLMConfig(projector_activation="rely")
+
+
+@pytest.mark.parametrize(("hidden_size", "millions"), [(512, 12), (2048, 193)])
+def test_two_conformer_layers_have_the_size_that_their_description_says(hidden_size, millions):
+    with torch.device("meta"):
+        layers = build("conformer", projector_hidden_size=hidden_size).conformer
+    assert round(sum(p.numel() for p in layers.parameters()) / 1e6) == millions
 
 
 @pytest.mark.parametrize("name", ["conformer", "qformer"])

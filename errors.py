@@ -1,0 +1,103 @@
+"""Wrong input becomes one line: where, what was found, what was wanted, the cure. Commands start with `run(main)`.
+
+raise InputError("train.jsonl:7: missing ['txt']; every line needs 'wav' and 'txt'")
+"""
+
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+UNGATHERED = "tensors of size 0, which ZeRO-3 leaves where weights are saved without being gathered"
+
+
+class InputError(ValueError):
+    """Something the user gave us is wrong. The message is one line."""
+
+
+class BadUtterance(InputError):
+    """One record cannot be used: its audio is unreadable, empty or too long, or its text does not fit."""
+
+
+def run(main: Callable[[], None], cure: str = "") -> None:
+    """Call a command's `main`; an InputError becomes one line on standard error and exit status 2.
+
+    `cure` is what helps against a BadUtterance; it goes to the end of the line.
+    """
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    status = 0
+    try:
+        main()
+    except InputError as error:
+        from tqdm.auto import tqdm  # tqdm.write takes a progress bar off the line first
+
+        # A DataLoader worker puts its whole traceback into the message; the last part is ours.
+        message = re.split(r"\n\S*(?:BadUtterance|InputError): ", str(error).strip())[-1]
+        tqdm.write(f"error: {message}{cure if isinstance(error, BadUtterance) else ''}", file=sys.stderr)
+        status = 2
+    processes = sys.modules.get("torch.distributed")
+    if processes and processes.is_available() and processes.is_initialized():
+        import distributed  # an option
+
+        distributed.leave(status)
+    if status:
+        sys.exit(status)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """`; did you mean prompt?`, or nothing if no name is like it."""
+    near = get_close_matches(name.lower(), names, 1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@contextmanager
+def as_input_error(name: str, what: str, wanted: str) -> Iterator[None]:
+    """Whatever the libraries raise for the files of a model inside this block becomes an InputError."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    of_python = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, ImportError, UnpicklingError)
+    try:
+        yield
+    except InputError:
+        raise
+    except (*of_python, SafetensorError, StrictDataclassError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
+        raise InputError(f"{name}: cannot load {what} ({reason}); wanted {wanted}") from None
+
+
+def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = (), **options) -> Any:
+    """`model_class.from_pretrained(name, **options)`, which by itself does not insist on all weights.
+
+    Raises InputError for weights that are missing, but for names that end in one of `may_lack`, and for those of
+    another shape. Weights without a place in the model are told in a warning, unless they belong to a whole part that
+    is left out on purpose: a head, a decoder, layers above the last that is wanted.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers' own tables of weights; what matters in them is told below
+    try:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = model_class.from_pretrained(name, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    for key, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        cause = UNGATHERED if 0 in found else f"{len(info['mismatched_keys'])} such weights in all"
+        raise InputError(f"{name}: {key} is {tuple(found)}, wanted {tuple(wanted)} by its config.json; {cause}")
+    may_lack = (*may_lack, "num_batches_tracked")  # a counter of BatchNorm that nothing uses
+    if missing := sorted(key for key in info["missing_keys"] if not key.endswith(may_lack)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{name}: weights that config.json promises are missing: {missing[0]}{more}")
+    modules = dict(model.named_modules())
+    parents = {key: modules.get(key.rpartition(".")[0], model) for key in sorted(info["unexpected_keys"])}
+    if homeless := [key for key, parent in parents.items() if parent is not model]:
+        more = f" and the like ({len(homeless)})" if len(homeless) > 1 else ""
+        warnings.warn(f"{name}: a {type(model).__name__} has no place for {homeless[0]}{more}: left out", stacklevel=2)
+    return model
