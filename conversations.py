@@ -3,7 +3,8 @@
 import textwrap
 
 from errors import BadUtterance, InputError
-from manifest import AUDIO, RecordList
+from manifest import AUDIO
+from sources import RecordList
 
 
 def check_messages(record: dict, where: str, needs_text: bool) -> None:

@@ -3,8 +3,7 @@
     dataset = model.make_dataset(open_records("train.jsonl"))
     batch = collate([dataset[0], dataset[1]])  # a dict of left-padded tensors, what SpeechLLM.forward takes
 
-Shapes: B batch, A audio windows in the batch, S samples (16 kHz), M mel bins, F feature frames (10 ms), L tokens,
-K last tokens with labels.
+Shapes: B batch, A audio windows in the batch, S samples, M mel bins, F feature frames, L tokens, K with labels.
 """
 
 import json
@@ -26,12 +25,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from errors import BadUtterance, InputError
-from manifest import AUDIO, SAMPLE_RATE, Clip, Records, clips_of, transcript_of
+from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, WINDOW, Clip, Records, clips_of, transcript_of
 
-PROMPT = f"{AUDIO}\nTranscribe the speech"
-SPEECH, START, END = -1, -2, -3  # in input_ids: a speech embedding, a clip's boundary vectors; no vocabulary has them
 IGNORE = -100  # in labels: not trained on
-WINDOW = 30 * SAMPLE_RATE  # samples; longer clips are encoded in equal windows of at most so many
 SHORTEST = 400  # samples, 25 ms: the least that gives a frame of a spectrogram, or of a convolutional feature extractor
 SILENCE = 2 * SAMPLE_RATE  # samples that stand for a clip which cannot be read
 PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
@@ -92,23 +88,17 @@ def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
     """The file of a clip. Raises BadUtterance if it is missing, unreadable, or ends before its header says."""
     try:
         with soundfile.SoundFile(clip.audio) as file:
-            if clip.end is None and lacks_data(file.extra_info):
+            # libsndfile notes where a wav file has less data than its header says. Sizes of 2 GB and more mean that its
+            # writer, at the end of a pipe, could not go back and fill them in.
+            sizes = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
+            declared, present = map(int, sizes.groups()) if sizes else (0, 0)
+            if clip.end is None and present < 0.9 * declared and declared < 0x7FFF0000:
                 seconds = file.frames / file.samplerate
                 raise BadUtterance(f"{clip.audio}: cut off after {seconds:.2f} s; its header promises more")
             yield file
     except (OSError, soundfile.SoundFileError) as error:
         problem = f"unreadable ({error})" if clip.audio.is_file() else "no such file"
         raise BadUtterance(f"{clip.audio}: {problem}; wanted a wav, flac, ogg or mp3 file") from None
-
-
-def lacks_data(extra_info: str) -> bool:
-    """Whether a wav file has less data than its header says, by what libsndfile notes of it.
-
-    Sizes of 2 GB and more mean that its writer, at the end of a pipe, could not go back and fill them in.
-    """
-    sizes = re.search(r"data : (\d+) \(should be (\d+)\)", extra_info)
-    declared, present = map(int, sizes.groups()) if sizes else (0, 0)
-    return present < 0.9 * declared and declared < 0x7FFF0000
 
 
 # Prompts
@@ -166,7 +156,8 @@ def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[lis
 
 def speech_ids(count: int, boundary_tokens: bool) -> list[int]:
     """Placeholders of a clip's speech embeddings in input_ids."""
-    return [START, *[SPEECH] * count, END] if boundary_tokens else [SPEECH] * count
+    speech = [SPEECH] * count
+    return [BOUNDARY[0], *speech, BOUNDARY[1]] if boundary_tokens else speech
 
 
 # Examples
@@ -179,9 +170,9 @@ class SpeechDataset(torch.utils.data.Dataset):
     An example is made in three steps: `load` (samples) -> `augment` (training only) -> `render` (features and ids).
     dataset[position] is an example of epoch 0, dataset[epoch, position] of a later one.
 
-    `on_bad`: "error" raises BadUtterance; "skip" leaves out what is known to be bad beforehand, such as a missing or
-    overlong file (see `bad`, index -> reason); "keep" keeps every line. What turns out bad only when it is read
-    becomes, unless that is an error, a silent moment without a transcript, with the reason in the example's `bad`.
+    `on_bad`: "error" raises BadUtterance; "skip" leaves out what is known beforehand (`bad`, index -> reason), "keep"
+    nothing. What turns out bad when it is read becomes, unless that is an error, a silent moment without a
+    transcript, with the reason in the example's `bad`.
     """
 
     records: Records
@@ -223,13 +214,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
         with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
             list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
-        if self.max_seconds:
-            for index in np.flatnonzero(durations > self.max_seconds + 0.01).tolist():
-                bad[index] = f"{self.records[index]['where']}: {self.too_long(durations[index])}"
+        for index in np.flatnonzero(durations > (self.max_seconds or np.inf) + 0.01).tolist():
+            reason = f"{durations[index]:.2f} s of audio, over --max_seconds {self.max_seconds:g}"
+            bad[index] = f"{self.records[index]['where']}: {reason}"
         return np.nan_to_num(durations), bad
-
-    def too_long(self, seconds: float) -> str:
-        return f"{seconds:.2f} s of audio, over --max_seconds {self.max_seconds:g}"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -237,28 +225,26 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int | tuple[int, int]) -> dict:
         epoch, position = position if isinstance(position, tuple) else (0, position)
         index = int(self.indices[position])
-        record = self.records[index]
-        try:
-            clips = self.load(record)
-            if self.augment:
-                random = np.random.default_rng([self.seed, epoch, index])  # the same in any process, at any time
-                clips = [self.augment(samples, random) for samples in clips]
-            return {"index": index, "bad": None, **self.render(record, clips)}
-        except BadUtterance as error:
-            reason = f"{record['where']}: {error}"
-            if self.on_bad == "error":
-                raise BadUtterance(reason) from None
-            silence = self.render({"txt": ""}, [np.zeros(SILENCE, np.float32)], check_length=False)
-            return {"index": index, "bad": reason, **silence, "target_ids": []}
+        record, reason = self.records[index], self.bad.get(index)
+        if reason is None:
+            try:
+                clips = self.load(record)
+                if self.augment:
+                    random = np.random.default_rng([self.seed, epoch, index])  # the same in any process, at any time
+                    clips = [self.augment(samples, random) for samples in clips]
+                return {"index": index, "bad": None, **self.render(record, clips)}
+            except BadUtterance as error:
+                reason = f"{record['where']}: {error}"
+                if self.on_bad == "error":
+                    raise BadUtterance(reason) from None
+        silence = self.render({"txt": ""}, [np.zeros(SILENCE, np.float32)], check_length=False)
+        return {"index": index, "bad": reason, **silence, "target_ids": []}
 
     def load(self, record: dict) -> list[np.ndarray]:
         """Samples (S,) of each clip of a record. Raises BadUtterance."""
         clips = [load_audio(*clip) for clip in clips_of(record)]
         if not clips:
             raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
-        seconds = sum(map(len, clips)) / SAMPLE_RATE
-        if self.max_seconds and seconds > self.max_seconds + 0.01:
-            raise BadUtterance(self.too_long(seconds))
         return clips
 
     def render(self, record: dict, clips: list[np.ndarray], check_length: bool = True) -> dict:
@@ -290,9 +276,9 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:
         """Features (F, M) of a clip (S,); over 30 s, of its equal windows of at most 30 s."""
-        if self.pad_to_30s:
-            samples = np.pad(samples, (0, max(WINDOW - len(samples), 0)))
         windows = np.array_split(samples, -(-len(samples) // WINDOW))
+        if self.pad_to_30s:
+            windows = [np.pad(window, (0, WINDOW - len(window))) for window in windows]
         return [self.extract(window) if len(window) >= SHORTEST else torch.zeros(0) for window in windows]
 
 
@@ -329,50 +315,3 @@ def pad_left(rows: list[list[int]], value: int) -> Tensor:
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """(A, size), True where a position lies inside its row's length (A,)."""
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
-
-
-class LengthSampler(torch.utils.data.Sampler):
-    """(epoch, position) in a random order in which each run of `batch_size` has similar lengths.
-
-    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again; without
-    `by_length` they are only shuffled. The last batch is filled up with positions that come twice, or dropped, so that
-    any number of processes sees the same batches. The order depends on the seed and the epoch alone, so a resumed run
-    sees what the first would have seen.
-    """
-
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        seed: int,
-        epoch: Callable[[], int] = lambda: 0,
-        by_length: bool = True,
-        drop_last: bool = False,
-    ):
-        self.lengths, self.batch_size, self.seed, self.epoch, self.by_length = (
-            lengths,
-            batch_size,
-            seed,
-            epoch,
-            by_length,
-        )
-        count = len(lengths)
-        self.num_batches = count // batch_size if drop_last else -(-count // batch_size)
-        if drop_last and not self.num_batches:
-            raise InputError(f"--dataloader_drop_last: {count} utterances do not fill one batch of {batch_size}")
-        if 0 < count < batch_size:
-            times = f"{batch_size / count:.1f} times an epoch"
-            warnings.warn(f"{count} utterances fill a batch of {batch_size}: each comes {times}", stacklevel=2)
-
-    def __len__(self) -> int:
-        return self.num_batches * self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, size = self.epoch(), self.batch_size
-        random = np.random.default_rng([self.seed, epoch])
-        order = np.resize(random.permutation(len(self.lengths)), len(self))
-        if self.by_length:
-            groups = np.split(order, range(50 * size, len(order), 50 * size))
-            order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
-            order = random.permutation(order.reshape(-1, size)).ravel()
-        return ((epoch, position) for position in order.tolist())

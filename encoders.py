@@ -34,8 +34,10 @@ from transformers import (
     FeatureExtractionMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    WhisperConfig,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
 from dataset import length_mask
 from errors import InputError, as_input_error, load_pretrained
@@ -44,6 +46,7 @@ from manifest import SAMPLE_RATE
 # WavLM's attention warns, at every batch, that its mask is bool and its position bias is not.
 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
 WANTED = "a folder or Hub name in transformers' format"
+PREFIXES = {r"^model\.encoder\.": "", r"^encoder\.": ""}  # of an encoder's weights in a whole model -> in the encoder
 
 
 def load(
@@ -86,14 +89,36 @@ def keep_layers(config: PreTrainedConfig, layer: int | None) -> None:
     config.num_hidden_layers = layer
 
 
+def keep_whisper_layers(config: WhisperConfig, layer: int | None) -> None:
+    """As keep_layers. Only behind Whisper's last layer comes its final norm."""
+    if layer is not None:
+        is_last = layer == config.num_hidden_layers
+        keep_layers(config, layer)
+        config.has_final_norm = is_last and config.to_dict().get("has_final_norm", True)  # a field of ours
+
+
+def load_whisper_parts(
+    name: str, revision: str | None, layer: int | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
+    """transformers' Whisper encoder and its feature extractor, for model.WhisperEncoder. Raises InputError."""
+    config = read_config(name, revision)
+    keep_whisper_layers(config, layer)
+    return load_parts(name, revision, dtype, config, TransformersWhisper, key_mapping=PREFIXES)
+
+
 def load_parts(
-    name: str, revision: str | None, dtype: torch.dtype | None, config: PreTrainedConfig, **options
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    config: PreTrainedConfig,
+    model_class=AutoModel,
+    **options,
 ) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
     """The model of this config and its feature extractor. `options` go to errors.load_pretrained. Raises InputError."""
     with as_input_error(name, "a speech encoder", WANTED):
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, revision=revision)
         options |= {"config": config, "dtype": dtype or "auto", "revision": revision or "main"}
-        model = load_pretrained(AutoModel, name, **options)
+        model = load_pretrained(model_class, name, **options)
     if feature_extractor.sampling_rate != SAMPLE_RATE:
         raise InputError(f"{name}: an encoder of {feature_extractor.sampling_rate} Hz audio; wanted {SAMPLE_RATE} Hz")
     return model, feature_extractor
@@ -238,8 +263,7 @@ class ParakeetEncoder(TransformersEncoder):
             config = config.encoder_config
         keep_layers(config, layer)
         config.layerdrop = 0.0  # as in WaveEncoder.load
-        prefixes = {r"^model\.encoder\.": "", r"^encoder\.": ""}  # of the encoder's weights in a whole model
-        return cls(*load_parts(name, revision, dtype, config, key_mapping=prefixes))
+        return cls(*load_parts(name, revision, dtype, config, key_mapping=PREFIXES))
 
     def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
         config = self.model.config

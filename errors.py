@@ -1,7 +1,4 @@
-"""Wrong input becomes one line: where, what was found, what was wanted, the cure. Commands start with `run(main)`.
-
-raise InputError("train.jsonl:7: missing ['txt']; every line needs 'wav' and 'txt'")
-"""
+"""Wrong input becomes one line: where, what was found, what was wanted, the cure. Commands start with `run(main)`."""
 
 import re
 import sys
@@ -75,9 +72,8 @@ def as_input_error(name: str, what: str, wanted: str) -> Iterator[None]:
 def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = (), **options) -> Any:
     """`model_class.from_pretrained(name, **options)`, which by itself does not insist on all weights.
 
-    Raises InputError for weights that are missing, but for names that end in one of `may_lack`, and for those of
-    another shape. Weights without a place in the model are told in a warning, unless they belong to a whole part that
-    is left out on purpose: a head, a decoder, layers above the last that is wanted.
+    Raises InputError for weights of another shape, and for missing ones, unless their names end in one of `may_lack`.
+    Weights without a place in the model give a warning, unless a whole part is left out: a head, a decoder, layers.
     """
     from transformers.utils import logging
 

@@ -1,19 +1,15 @@
 """Lines of a result file in which the LLM did something else than transcribe, and why.
 
-score.py gives its rate with and without them, as WeST does
-(https://github.com/wenet-e2e/west; its example is "I apologize, but it appears that there is no speech to
-transcribe."). Such a filter reads the reference, and every plain error that it takes for a hallucination
-flatters the second figure. So it would rather miss one, the first figure always stands beside the second, and
-each line left out is listed with its reason:
+score.py gives its rate with and without them, as WeST does (https://github.com/wenet-e2e/west). Every plain error that
+such a filter takes for a hallucination flatters the second figure: it would rather miss one, the first figure always
+stands beside the second, and each line left out is listed with its reason:
 
-chat      Refusals and assistant talk in English and Chinese, unless the reference says that too, or something
-          close to it. An apology counts only when it goes on about audio, transcripts, requests and the like.
+chat      Refusals and assistant talk in English and Chinese, unless the reference says something close to it. An
+          apology counts only when it goes on about audio, transcripts, requests and the like.
 loop      The same words over and over (characters in Chinese, Japanese and Thai), far more often than in the
-          reference. Decoders are known for it: Radford et al. 2022, arXiv:2212.04356, section 4.5; Barański
-          et al. 2025, arXiv:2501.11378, who take loops out of transcripts.
-too long  More text than anyone could say in the time, while the reference fits. The limits are more than
-          twice the mean rates of read speech, 5.2 to 7.8 syllables a second: Pellegrino et al. 2011,
-          Language 87(3).
+          reference. Radford et al. 2022, arXiv:2212.04356, section 4.5; Barański et al. 2025, arXiv:2501.11378.
+too long  More text than anyone could say in the time, while the reference fits. The limits are more than twice the mean
+          rates of read speech, 5.2 to 7.8 syllables a second: Pellegrino et al. 2011, Language 87(3).
 
 Fluent text that was never spoken (Koenecke et al. 2024, arXiv:2402.08021) is none of these: it stays in both.
 """

@@ -8,6 +8,17 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainingArguments
 
 from errors import InputError
+from score import METRICS
+
+
+def check(metric: str, args: TrainingArguments) -> None:
+    """Raise InputError for a metric that is not counted, or checkpoints without an evaluation."""
+    if metric not in (*METRICS, "loss"):
+        raise InputError(f"--save_best_by {metric}: wanted one of {', '.join(METRICS)}, loss")
+    evaluated, saved = args.eval_strategy, args.save_strategy
+    if not (evaluated == saved != "no" and (evaluated == "epoch" or args.save_steps % args.eval_steps == 0)):
+        cure = "give --eval_strategy and --save_strategy alike, and --eval_steps that divide --save_steps"
+        raise InputError(f"--save_best_by {metric}: every checkpoint wants an evaluation; {cure}")
 
 
 class KeepBest(TrainerCallback):

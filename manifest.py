@@ -7,7 +7,7 @@ records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "
 import json
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
@@ -20,7 +20,10 @@ import numpy as np
 from errors import InputError
 
 SAMPLE_RATE = 16000  # Hz, of audio that is given as an array, and of all audio once it is loaded
+WINDOW = 30 * SAMPLE_RATE  # samples; longer clips are encoded in equal windows of at most so many
 AUDIO = "<audio>"  # in a prompt: the speech goes here
+PROMPT = f"{AUDIO}\nTranscribe the speech"
+SPEECH, BOUNDARY = -1, (-2, -3)  # in input_ids: a speech embedding; the vectors before and after a clip
 TYPES = {"wav": str, "txt": str, "prompt": str, "messages": list, "key": (str, int, float)}
 SECONDS = ("start", "end", "duration")  # keys of a record
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows put it before the first line
@@ -34,10 +37,7 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict:
-        """The keys of a manifest's line, "where" it comes from, and the "folder" that paths are relative to.
-
-        Where a manifest has the path of audio, there may be 16 kHz samples (S,) here.
-        """
+        """The keys of a manifest's line (audio may be samples (S,), too), "where" it stands, "folder" of its paths."""
 
     def fingerprint(self, count: int | None = None) -> str:
         """Tells these records, or the first `count` of them, from all others; a resumed run compares it."""
@@ -107,26 +107,6 @@ class Manifest(Sequence):
         return digest.hexdigest()
 
 
-class RecordList(Sequence):
-    """The records of a list of dicts, without their nulls. Those without "where" are called `name` and their number."""
-
-    def __init__(self, records: Iterable[dict], name: str = "record"):
-        self.records = [{"where": f"{name} {i}"} | without_nulls(record) for i, record in enumerate(records, 1)]
-        self.durations = np.array([stated_seconds(record) for record in self.records])
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.records[index]
-
-    def fingerprint(self, count: int | None = None) -> str:
-        # bytes of samples, because str() leaves the middle of a long array out
-        encode = lambda value: sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else str(value)  # noqa: E731
-        texts = [json.dumps(record, default=encode) for record in self.records[:count]]
-        return sha256("\n".join(texts).encode()).hexdigest()
-
-
 # A record
 
 
@@ -142,8 +122,7 @@ def parse_line(line: bytes, where: str, needs_text: bool) -> dict:
         raise InputError(f"{where}: malformed JSON ({error}); wanted one object a line") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: found {line[:20]!r}; wanted a JSON object with 'wav' and 'txt'")
-    if None in record.values():
-        record = without_nulls(record)
+    record = without_nulls(record) if None in record.values() else record
     check_record(record, where, needs_text)
     return record
 
@@ -189,9 +168,7 @@ def key_of(record: dict) -> str:
     return f"line{record['where'].replace(':', ' ').split()[-1]}"
 
 
-class Clip(NamedTuple):
-    """A stretch of audio, for one <audio>."""
-
+class Clip(NamedTuple):  # a stretch of audio, for one <audio>
     audio: Path | np.ndarray  # a file, or samples (S,) at 16 kHz
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None = to the end of the file
@@ -222,10 +199,10 @@ def stated_seconds(record: dict) -> float:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """All that decides a hypothesis of a given model; the names and meanings are those of transformers' generate.
+    """All that decides a hypothesis of a given model, by the names of transformers' generate. Raises InputError.
 
     Flags of recognize.py, keywords of decode and transcribe, and the key of an unfinished result file come from these
-    fields: a new option is one line here. Raises InputError for a value that is out of range.
+    fields: a new option is one line here.
     """
 
     num_beams: int = field(default=4, metadata={"help": "beams of the search; 1 = greedy", "least": 1})

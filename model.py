@@ -3,9 +3,6 @@
     model = SpeechLLM.from_pretrained("run")
     model.transcribe("a.wav")  # -> "the transcript"
 
-In this order: what a model is made of (config), Whisper, the Conv1d projector, the LLM, and SpeechLLM, which puts them
-together: forward, generate, decode, what is trained, save and load.
-
 Shapes: B batch, A audio windows in the batch, S samples (16 kHz), M mel bins, F feature frames (10 ms), T encoder
 frames, N speech embeddings, L tokens, K last tokens with labels, D encoder width, H LLM width, V vocabulary.
 """
@@ -13,22 +10,21 @@ frames, N speech embeddings, L tokens, K last tokens with labels, D encoder widt
 import copy
 import inspect
 import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial, partialmethod
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.dataclasses import type_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -40,23 +36,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
-from dataset import (
-    END,
-    IGNORE,
-    PROMPT,
-    SPEECH,
-    START,
-    WINDOW,
-    SpeechDataset,
-    collate,
-    conversation,
-    length_mask,
-    render_prompt,
-    set_chat_template,
-)
+from dataset import IGNORE, SpeechDataset, collate, conversation, length_mask, render_prompt, set_chat_template
 from errors import UNGATHERED, BadUtterance, InputError, as_input_error, load_pretrained, nearest
-from manifest import AUDIO, SAMPLE_RATE, DecodingOptions, Hypothesis, RecordList, Records
+from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, WINDOW, DecodingOptions, Hypothesis, Records
 
+FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
 AUDIO_INPUTS = "input_features input_values feature_lengths audio_attention_mask speech_embeds".split()
 
@@ -64,20 +48,17 @@ AUDIO_INPUTS = "input_features input_values feature_lengths audio_attention_mask
 # Config
 
 
-def option(default: Any, help: str, **metadata) -> Any:
+def option(default: Any, help: str) -> Any:
     """A field with a help text for the command line."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+    values = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**values, metadata={"help": help})
 
 
 @dataclass
 class ModelArguments:
     """What a model is made of: flags of train.py, keywords of `from_parts`, fields of a checkpoint's config.json."""
 
-    encoder_name_or_path: str | None = option(
-        None, "tiny ... large-v3-turbo, a .pt file, a folder or a Hub name", aliases=["--whisper_model_name_or_path"]
-    )
+    encoder_name_or_path: str | None = option(None, "tiny ... large-v3-turbo, a .pt file, a folder or a Hub name")
     encoder_revision: str | None = option(None, "branch, tag or commit on the Hub")
     encoder_layer: int | None = option(None, "take the output of this layer, 1 = the first (default: the last)")
     encoder_dropout: float = option(0.0, "dropout on the encoder's frames, in training only; from 0 to below 1")
@@ -85,9 +66,7 @@ class ModelArguments:
     pad_to_30s: bool = option(False, "pad every clip to 30 s, as Whisper was trained")
     llm_model_name_or_path: str | None = option(None, "the LLM: a folder or a Hub name")
     llm_revision: str | None = option(None, "branch, tag or commit on the Hub")
-    frozen_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of the frozen weights; auto = as the LLM's checkpoint has them", aliases=["--dtype"]
-    )
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of frozen weights; auto = that of the LLM")
     quantize: Literal["4bit", "8bit"] | None = option(None, "hold the frozen LLM so, by bitsandbytes on a GPU")
     lora_r: int = option(0, "rank of LoRA on the LLM; 0 = none")
     lora_alpha: float = option(16.0, "LoRA's output is scaled by alpha / rank")
@@ -102,9 +81,7 @@ class ModelArguments:
     prompt: str = option(PROMPT, "the user's turn, with <audio> in it")
     system_prompt: str | None = option(None, "the system's turn (default: as the chat template has it)")
     chat_template: str | None = option(None, "FILE.jinja (or its text) in place of the tokenizer's own template")
-    freeze_params: list[str] = option(
-        [r"^encoder\.", r"^llm\."], "regular expressions: parameters with such names are not trained"
-    )
+    freeze_params: list[str] = option(FROZEN, "regular expressions: parameters with such names are not trained")
     prevent_freeze_params: list[str] = option([], "regular expressions: exceptions from --freeze_params")
 
 
@@ -126,13 +103,16 @@ class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
 
     def __post_init__(self, **kwargs):
         types = self.own_fields()
-        known = [*types, "model_type", "name_or_path", "_commit_hash"]
-        for name in kwargs:
-            if name not in known:
-                hint = nearest(name, known) or f"; wanted one of {sorted(known)}"
-                raise InputError(f"config: unknown field {name!r}{hint}")
+        for name in kwargs.keys() - {"model_type", "name_or_path", "_commit_hash"}:
+            hint = nearest(name, list(types)) or f"; wanted one of {sorted(types)}"
+            raise InputError(f"config: unknown field {name!r}{hint}")
         for name, kind in types.items():
-            check_type(name, getattr(self, name), kind)
+            if kind is float and type(getattr(self, name)) is int:
+                setattr(self, name, float(getattr(self, name)))
+            try:
+                type_validator(name, getattr(self, name), kind)
+            except TypeError as error:
+                raise InputError(f"config: {' '.join(str(error).split())}") from None
         for name, (least, limit) in RANGES.items():
             if not least <= getattr(self, name) < limit:
                 raise InputError(f"config: {name} is {getattr(self, name)}; wanted {least} or more, below {limit:g}")
@@ -155,39 +135,22 @@ RANGES = {"encoder_dropout": (0, 1), "lora_dropout": (0, 1), "lora_r": (0, 1e9),
 RANGES |= {f"projector_{name}": (1, 1e9) for name in ("stride", "hidden_size", "num_layers")}
 
 
-def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise InputError unless a value has the type of its field. A bool is no int here, but an int is a float."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
-    classes = [get_origin(each) or each for each in kinds if get_origin(each) is not Literal]
-    is_number = type(value) is int and float in classes
-    if value not in choices and type(value) not in classes and not is_number:
-        wanted = " or ".join([*choices, *(each.__name__ for each in classes)])
-        raise InputError(f"config: {name} is {value!r}; wanted {wanted}")
-
-
 # Whisper
 
-OPENAI_NAMES = (  # parts of the names of an encoder's weights: openai-whisper's, transformers'
-    ("blocks.", "layers."),
-    ("attn_ln.", "self_attn_layer_norm."),
-    ("mlp_ln.", "final_layer_norm."),
-    ("mlp.0.", "fc1."),
-    ("mlp.2.", "fc2."),
-    ("attn.query.", "self_attn.q_proj."),
-    ("attn.key.", "self_attn.k_proj."),
-    ("attn.value.", "self_attn.v_proj."),
-    ("attn.out.", "self_attn.out_proj."),
-    ("ln_post.", "layer_norm."),  # after the other two that end so
-    ("positional_embedding", "embed_positions.weight"),
-)
+# Parts of the names of an encoder's weights: openai-whisper's -> transformers', replaced in this order.
+OPENAI_NAMES = {
+    "blocks.": "layers.", "attn_ln.": "self_attn_layer_norm.", "mlp_ln.": "final_layer_norm.",
+    "mlp.0.": "fc1.", "mlp.2.": "fc2.", "attn.query.": "self_attn.q_proj.", "attn.key.": "self_attn.k_proj.",
+    "attn.value.": "self_attn.v_proj.", "attn.out.": "self_attn.out_proj.", "ln_post.": "layer_norm.",
+    "positional_embedding": "embed_positions.weight",
+}  # fmt: skip
 
 
 class WhisperEncoder(nn.Module):
     """Whisper's encoder for clips of any length in one batch: features (A, F, M) -> frames (A, T, D), T = F / 2.
 
-    The layers are transformers'. Its own forward wants exactly 30 s and cannot mask; this one masks the padding in the
-    attention and zeroes it between the convolutions, so that it changes no frame of any clip.
+    transformers' own forward wants exactly 30 s and cannot mask; this one masks the padding in the attention and zeroes
+    it between the convolutions, so that it changes no frame of any clip.
     """
 
     lora_targets = None  # names of linear layers for LoRA; None = the usual queries and values
@@ -233,34 +196,27 @@ def log_mel(feature_extractor: WhisperFeatureExtractor, samples: np.ndarray) -> 
 def load_encoder(
     name_or_path: str, revision: str | None = None, layer: int | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The speech encoder of a checkpoint, without heads and decoders, frozen and in eval mode; see encoders.load.
+    """The speech encoder of a checkpoint, without heads and decoders, frozen and in eval mode; see encoders.py.
 
-    `name_or_path`: a name or .pt file of openai-whisper, or a folder or Hub name (at `revision`) in transformers'
-    format, of Whisper or of a family in encoders.py. `layer`: the frames are transformers' hidden_states[layer], 1 ...
-    the number of layers, and nothing above is loaded; None: the model's own last output. `dtype` of the weights: None
-    is the checkpoint's, fp32 for openai-whisper. Raises InputError.
+    `name_or_path`: a name or .pt file of openai-whisper, or a folder or Hub name (at `revision`) of a Whisper or a
+    family of encoders.py. `layer`: the frames are transformers' hidden_states[layer], 1 ... the number of layers, and
+    nothing above is loaded; None: the last output. `dtype`: None is the checkpoint's, fp32 for openai-whisper.
     """
     name, path = str(name_or_path), Path(name_or_path)
     has_kind = ":" in name and not path.exists()  # KIND:PLACE, for encoders that are not of transformers
-    is_openai = not (has_kind or path.is_dir()) and (path.suffix == ".pt" or len(path.parts) == 1)
-    if is_openai and revision:
-        raise InputError(f"{name}: revision {revision} of an openai-whisper model; wanted none, for it has no others")
     wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
     with as_input_error(name, "a speech encoder", wanted):
-        if is_openai:
+        if not (has_kind or path.is_dir()) and (path.suffix == ".pt" or len(path.parts) == 1):
+            if revision:
+                raise InputError(f"{name}: revision {revision} of an openai-whisper model, which has none")
             encoder = load_openai_whisper(name, layer, dtype)
-        elif has_kind or transformers.AutoConfig.from_pretrained(name, revision=revision).model_type != "whisper":
+        else:
             import encoders  # an option
 
-            encoder = encoders.load(name, revision, layer, dtype)
-        else:
-            config = keep_layers(transformers.WhisperConfig.from_pretrained(name, revision=revision), layer)
-            # A checkpoint may be of the encoder alone, or of a model with a decoder around it.
-            options = {"key_mapping": {r"^model\.encoder\.": "", r"^encoder\.": ""}, "revision": revision or "main"}
-            model = load_pretrained(TransformersWhisper, name, config=config, dtype=dtype or "auto", **options)
-            encoder = WhisperEncoder(model, WhisperFeatureExtractor.from_pretrained(name, revision=revision))
-            if (rate := encoder.feature_extractor.sampling_rate) != SAMPLE_RATE:
-                raise InputError(f"{name}: an encoder of {rate} Hz audio; wanted {SAMPLE_RATE} Hz")
+            if has_kind or transformers.AutoConfig.from_pretrained(name, revision=revision).model_type != "whisper":
+                encoder = encoders.load(name, revision, layer, dtype)
+            else:
+                encoder = WhisperEncoder(*encoders.load_whisper_parts(name, revision, layer, dtype))
     return encoder.requires_grad_(False).eval()
 
 
@@ -272,35 +228,24 @@ def load_openai_whisper(name_or_path: str, layer: int | None, dtype: torch.dtype
     dims = model.dims
     sizes = {"d_model": dims.n_audio_state, "encoder_ffn_dim": 4 * dims.n_audio_state}
     sizes |= {"encoder_layers": dims.n_audio_layer, "encoder_attention_heads": dims.n_audio_head}
-    sizes |= {"num_mel_bins": dims.n_mels, "max_source_positions": dims.n_audio_ctx}
-    config = keep_layers(transformers.WhisperConfig(**sizes), layer)
+    config = transformers.WhisperConfig(num_mel_bins=dims.n_mels, max_source_positions=dims.n_audio_ctx, **sizes)
+    if layer is not None:
+        import encoders  # an option
+
+        encoders.keep_whisper_layers(config, layer)
     with torch.device("meta"):  # no memory and no random numbers for weights that come from the checkpoint
         encoder = TransformersWhisper(config)
-    weights = rename(model.encoder.state_dict(), OPENAI_NAMES)
-    weights = {name: weights[name].to(dtype or torch.float32) for name in encoder.state_dict()}
+    weights = {transformers_name(name): weight for name, weight in model.encoder.state_dict().items()}
+    weights = {name: weights[name].to(dtype or torch.float32) for name in encoder.state_dict()}  # no layers above
     encoder.load_state_dict(weights, assign=True)
     return WhisperEncoder(encoder, WhisperFeatureExtractor(dims.n_mels))
 
 
-def keep_layers(config: transformers.WhisperConfig, layer: int | None) -> transformers.WhisperConfig:
-    """The config of an encoder that ends with a layer. Only behind the last one comes the final norm."""
-    num_layers = config.encoder_layers
-    if layer is not None:
-        if not 1 <= layer <= num_layers:
-            raise InputError(f"encoder layer {layer}: wanted 1 ... {num_layers}, or none for the last output")
-        config.has_final_norm = layer == num_layers and config.to_dict().get("has_final_norm", True)
-        config.encoder_layers = config.num_hidden_layers = layer
-    return config
-
-
-def rename(weights: dict[str, Tensor], pairs: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """The weights with (old, new) parts of their names replaced in order."""
-    renamed = {}
-    for name, weight in weights.items():
-        for old, new in pairs:
-            name = name.replace(old, new)
-        renamed[name] = weight
-    return renamed
+def transformers_name(name: str) -> str:
+    """The name in transformers of a weight of openai-whisper's encoder."""
+    for openai, ours in OPENAI_NAMES.items():
+        name = name.replace(openai, ours)
+    return name
 
 
 # The projector
@@ -361,10 +306,9 @@ def load_llm(config: SpeechLLMConfig, device=None) -> tuple[transformers.PreTrai
 
 
 def make_contiguous(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """A forward pre-hook for the vocabulary projection.
+    """A forward pre-hook for the vocabulary projection, which gets a slice of positions from logits_to_keep.
 
-    logits_to_keep is a slice, which PyTorch would multiply row by row, reading the whole vocabulary matrix for each:
-    half the time of a training step with a small LLM.
+    PyTorch multiplies slices row by row, reading the whole matrix for each: half of a training step with a small LLM.
     """
     return tuple(tensor.contiguous() for tensor in inputs)
 
@@ -383,14 +327,7 @@ class SpeechLLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # tells Trainer that forward divides by num_items_in_batch
 
-    def __init__(
-        self,
-        config: SpeechLLMConfig,
-        encoder: nn.Module,
-        projector: nn.Module,
-        llm: PreTrainedModel,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-    ):
+    def __init__(self, config: SpeechLLMConfig, encoder: nn.Module, projector: nn.Module, llm: nn.Module, tokenizer):
         super().__init__(copy.deepcopy(config))
         self.llm, self.encoder, self.projector, self.tokenizer = llm, encoder, projector, tokenizer
         text_config = llm.config.get_text_config()
@@ -423,9 +360,14 @@ class SpeechLLM(PreTrainedModel):
         if not config.encoder_name_or_path or not config.llm_model_name_or_path:
             raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
         tokenizer, llm = load_llm(config, device)
-        with whole_weights():
-            name, revision = config.encoder_name_or_path, config.encoder_revision
-            encoder = load_encoder(name, revision, config.encoder_layer, llm.dtype)
+        names = config.encoder_name_or_path, config.encoder_revision, config.encoder_layer
+        if is_deepspeed_zero3_enabled():
+            import zero3  # an option
+
+            with zero3.unsharded():  # some encoders cannot be built in shards
+                encoder = load_encoder(*names, llm.dtype)
+        else:
+            encoder = load_encoder(*names, llm.dtype)
         projector = build_projector(config, encoder.output_size, llm.config.get_text_config().hidden_size)
         model = cls(with_lasting_names(config), encoder, projector, llm, tokenizer)
         for part in set(model.children()) - {llm}:
@@ -444,7 +386,7 @@ class SpeechLLM(PreTrainedModel):
     def from_pretrained(
         cls, name_or_path: str | Path, revision=None, device=None, token=None, dtype: str | None = None, **overrides
     ) -> "SpeechLLM":
-        """The model of a folder that was saved, of a training checkpoint, of a Hub name, or of a .safetensors file.
+        """The model of a folder that was saved, a training checkpoint, a Hub name, or a .safetensors file.
 
         `overrides` are fields of its config. Where there is no config.json they can name the parts in its stead.
         """
@@ -457,8 +399,7 @@ class SpeechLLM(PreTrainedModel):
     # What the LLM reads
 
     @property
-    def feature_extractor(self):
-        """transformers' feature extractor of the encoder."""
+    def feature_extractor(self) -> transformers.FeatureExtractionMixin:
         return self.encoder.feature_extractor
 
     def get_input_embeddings(self) -> nn.Module:
@@ -470,35 +411,27 @@ class SpeechLLM(PreTrainedModel):
 
     def make_dataset(self, records: Records | Sequence[dict], **options) -> SpeechDataset:
         """SpeechDataset of records (or a list of dicts) for this model; `options` are fields of SpeechDataset."""
+        if isinstance(records, list):
+            from sources import RecordList  # an option
+
+            records = RecordList(records)
         config = self.config
-        return SpeechDataset(
-            RecordList(records) if isinstance(records, list) else records,
-            self.tokenizer,
-            self.encoder.extract,
-            self.embedding_counts,
-            prompt=config.prompt,
-            system_prompt=config.system_prompt,
-            boundary_tokens=config.audio_boundary_tokens,
-            pad_to_30s=config.pad_to_30s,
-            **options,
-        )
+        options |= {"prompt": config.prompt, "system_prompt": config.system_prompt, "pad_to_30s": config.pad_to_30s}
+        options |= {"boundary_tokens": config.audio_boundary_tokens}
+        return SpeechDataset(records, self.tokenizer, self.encoder.extract, self.embedding_counts, **options)
 
     def set_stop_tokens(self) -> None:
-        """Make the LLM's generation_config hold its stop tokens and nothing else, and check the prompt.
-
-        The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
-        """
+        """Make the LLM's generation_config hold its stop tokens and nothing else, and check the prompt."""
         config, name = self.config, self.tokenizer.name_or_path
         try:
             pieces, end_id = render_prompt(self.tokenizer, conversation(config.prompt, config.system_prompt))
         except BadUtterance as error:
             raise InputError(f"{name}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
         if len(pieces) != 2:
-            template = " or in --chat_template" if config.chat_template else ""
-            raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it{template}, once")
-        stop_ids = self.llm.generation_config.eos_token_id
-        stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
+            raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it or in --chat_template, once")
+        stop_ids = np.atleast_1d(self.llm.generation_config.eos_token_id).tolist()  # one, several or None
         stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})
+        # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
         self.llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
 
     def embed_speech(self, feature_lengths: Tensor, input_features=None, input_values=None) -> Tensor:
@@ -514,14 +447,12 @@ class SpeechLLM(PreTrainedModel):
 
     def splice(self, input_ids: Tensor, speech_embeds: Tensor) -> Tensor:
         """Embeddings (B, L, H) of input_ids (B, L), with the speech embeddings in the SPEECH positions, in order."""
-        is_speech = input_ids == SPEECH
-        if is_speech.sum() != len(speech_embeds):
-            raise ValueError(
-                f"{is_speech.sum()} speech positions in the prompts, {len(speech_embeds)} speech embeddings"
-            )
+        is_speech, num_embeds = input_ids == SPEECH, len(speech_embeds)
+        if is_speech.sum() != num_embeds:
+            raise ValueError(f"{is_speech.sum()} speech positions in the prompts, {num_embeds} speech embeddings")
         embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # (B, L, H)
         if self.config.audio_boundary_tokens:
-            for placeholder, vector in zip((START, END), self.boundary.weight, strict=True):
+            for placeholder, vector in zip(BOUNDARY, self.boundary.weight, strict=True):
                 embeds = torch.where((input_ids == placeholder).unsqueeze(2), vector.to(embeds.dtype), embeds)
         return embeds.masked_scatter(is_speech.unsqueeze(2), speech_embeds.to(embeds.dtype))
 
@@ -559,8 +490,8 @@ class SpeechLLM(PreTrainedModel):
 
         Labels (B, K) are those of the last K positions, and logits (B, K, V) predict these; of K = L labels the first,
         which nothing predicts, does not count. Without labels logits (B, L, V) are of all. The loss is summed over the
-        trained tokens and divided by num_items_in_batch (all trained tokens of the optimiser's step, on all devices),
-        by this batch's own when that is None. `index` and `bad` come with a batch of `collate` and are not used here.
+        trained tokens and divided by num_items_in_batch: those of the optimiser's step on all devices, or, if None, of
+        this batch. `index` and `bad` come with a batch of `collate` and are not used here.
         """
         inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
         mask = inputs["attention_mask"]
@@ -571,16 +502,10 @@ class SpeechLLM(PreTrainedModel):
             raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
         labels = labels[:, -(mask.shape[1] - 1) :]
         # Each position predicts the next; the vocabulary projection is computed for these positions alone.
-        num_logits = labels.shape[1] + 1
-        options = {"position_ids": position_ids, "use_cache": False, "logits_to_keep": num_logits}
+        options = {"position_ids": position_ids, "use_cache": False, "logits_to_keep": labels.shape[1] + 1}
         logits = self.llm(**inputs, **options).logits[:, :-1].float()  # (B, K, V)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1),
-            labels.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
+        options = {"reduction": "sum", "label_smoothing": self.label_smoothing if self.training else 0.0}
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, **options)
         num_tokens = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / max(num_tokens, 1), logits=logits)
 
@@ -618,14 +543,13 @@ class SpeechLLM(PreTrainedModel):
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
         """Eval mode for a while. A model in eval mode is not touched: another thread may be decoding with it."""
-        if not self.training:
-            yield
-            return
-        self.eval()
+        if was_training := self.training:
+            self.eval()
         try:
             yield
         finally:  # also where the caller of a generator stops early
-            self.train()
+            if was_training:
+                self.train()
 
     def decoding_dataset(self, records: Records | Sequence[dict], options: DecodingOptions) -> SpeechDataset:
         """The dataset of records for `decode`: every line is kept, transcripts are not looked at. Raises InputError."""
@@ -635,19 +559,13 @@ class SpeechLLM(PreTrainedModel):
         return self.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
 
     def decode(
-        self,
-        dataset: SpeechDataset,
-        positions: Iterable[int] | None = None,
-        batch_size: int = 16,
-        num_workers: int = 0,
-        options: DecodingOptions | None = None,
-        **keywords,
+        self, dataset: SpeechDataset, positions=None, batch_size: int = 16, num_workers: int = 0, options=None, **fields
     ) -> Iterator[list[Hypothesis]]:
-        """Yield the hypotheses of each batch, longest clips first; `keywords` are fields of DecodingOptions.
+        """Yield the hypotheses of each batch, longest clips first, of the examples at `positions` (default: all).
 
-        Only of the examples at `positions` of the dataset (default: all). What cannot be read has an empty hypothesis.
+        The options are a DecodingOptions or, as keywords, its fields. What cannot be read has an empty hypothesis.
         """
-        options = options or DecodingOptions(**keywords)
+        options = options or DecodingOptions(**fields)
         positions = range(len(dataset)) if positions is None else positions
         order = sorted(positions, key=lambda position: -dataset.durations[dataset.indices[position]])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -673,13 +591,12 @@ class SpeechLLM(PreTrainedModel):
     def transcribe(self, audio, batch_size: int = 16, num_workers: int = 0, **keywords) -> str | list[str]:
         """The transcript of an audio file (or of samples (S,) at 16 kHz); of a list, the list of transcripts.
 
-        `keywords` are fields of DecodingOptions. Audio that cannot be read has an empty transcript and a warning that
-        says why.
+        `keywords` are fields of DecodingOptions. What cannot be read has an empty transcript, and a warning says why.
         """
         options, is_list = DecodingOptions(**keywords), isinstance(audio, (list, tuple))
-        records = RecordList([{"wav": one} for one in (audio if is_list else [audio])], "audio")
-        dataset = self.decoding_dataset(records, options)
-        texts = [""] * len(records)
+        clips = enumerate(audio if is_list else [audio], 1)
+        dataset = self.decoding_dataset([{"wav": clip, "where": f"audio {number}"} for number, clip in clips], options)
+        texts = [""] * len(dataset)
         for hypotheses in self.decode(dataset, None, batch_size, num_workers, options):
             for hypothesis in hypotheses:
                 texts[hypothesis.index] = hypothesis.text
@@ -690,33 +607,32 @@ class SpeechLLM(PreTrainedModel):
     # What is trained
 
     def apply_freezing(self) -> None:
-        """Train the parameters whose names match no pattern of freeze_params, or one of prevent_freeze_params.
-
-        Raises InputError for a pattern that matches no name.
-        """
+        """Train what matches no pattern of freeze_params, or one of prevent_freeze_params, by name. Raises InputError."""
         config = self.config
         exceptions = config.prevent_freeze_params + [LORA] * bool(config.lora_r or config.encoder_lora_r)
         names: dict[nn.Parameter, list[str]] = {}  # tied weights have two names
         for name, parameter in self.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
-        chosen = config.freeze_params if config.freeze_params != ModelArguments().freeze_params else []
-        check_patterns([*chosen, *exceptions], sum(names.values(), []))  # the default's may find nothing to freeze
+        all_names = sum(names.values(), [])
+        for pattern in [*config.freeze_params, *exceptions]:
+            if pattern not in FROZEN and not matches(pattern, all_names):  # some encoder may have no parameters
+                examples = ", ".join(all_names[:: len(all_names) // 4])
+                raise InputError(f"freeze pattern {pattern!r} matches no parameter; there are {examples} ...")
         for parameter, its_names in names.items():
-            is_trained = not matches(its_names, config.freeze_params) or matches(its_names, exceptions)
-            parameter.requires_grad_(is_trained and parameter.is_floating_point())
+            is_frozen = any(matches(pattern, its_names) for pattern in config.freeze_params)
+            is_exception = any(matches(pattern, its_names) for pattern in exceptions)
+            parameter.requires_grad_((not is_frozen or is_exception) and parameter.is_floating_point())
         self.hold_trained_weights_in_fp32()
 
     def hold_trained_weights_in_fp32(self) -> None:
-        """Trained weights in fp32; and the whole encoder or LLM, if weights of its own are trained.
+        """Trained weights in fp32, with the whole encoder or LLM that they belong to: bf16 rounds AdamW's steps away.
 
-        AdamW's steps are lost in the rounding of bf16. ZeRO-3, whose parameters have a ds_id, holds fp32 copies itself.
+        ZeRO-3, whose parameters have a ds_id, holds fp32 copies itself. LoRA is fp32 beside an LLM of any dtype.
         """
         for part in (self.encoder, self.llm):
             own = [p for name, p in part.named_parameters() if p.requires_grad and not re.search(LORA, name)]
             if own and self.config.quantize and part is self.llm:
-                raise InputError(
-                    "--quantize: weights of a quantised LLM cannot be trained; use --lora_r, or leave it out"
-                )
+                raise InputError("--quantize: quantised weights cannot be trained; use --lora_r, or leave it out")
             if any(p.dtype != torch.float32 and not hasattr(p, "ds_id") for p in own):
                 part.float()
         for p in self.parameters():
@@ -752,18 +668,15 @@ class SpeechLLM(PreTrainedModel):
         self.training = mode
         if not mode:
             return self
-        for name, module in self.named_modules():
-            parameters = list(module.parameters())
-            if parameters and all(p.requires_grad for p in parameters):
+        for name, module in list(self.named_modules())[1:]:  # the first is the model itself
+            trained = [p.requires_grad for p in module.parameters()]
+            if ".lora_dropout" in name or (trained and all(trained)):
                 module.train()  # with its children that have no parameters: dropout, activations
-            if ".lora_dropout" in name:
-                module.train()  # it has no parameters, and the layer that it stands in has frozen ones
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 # Layers recompute their activations in training mode alone. Those of a frozen LLM must, too.
-                module.training = name.startswith("llm.") or any(p.requires_grad for p in parameters)
-        for module in self.modules():
+                module.training = name.startswith("llm.") or any(trained)
             if isinstance(module, nn.BatchNorm1d):
-                module.training = False  # its running statistics are no parameters: no checkpoint would hold them
+                module.eval()  # its running statistics are no parameters: no checkpoint would hold them
         self.get_input_embeddings().training = True  # NEFTune adds its noise there
         return self
 
@@ -778,37 +691,21 @@ class SpeechLLM(PreTrainedModel):
         self.is_merged = any([lora.merge(self.llm), lora.merge(self.encoder)]) or self.is_merged
         self.config.lora_r = self.config.encoder_lora_r = 0
 
-    def describe(self) -> str:
-        """A table of the parts: parameters, trained ones, their share."""
-        rows = ["| module | parameters | trained | share |", "|---|---|---|---|"]
-        for name, part in [*self.named_children(), ("all", self)]:
-            total = sum(num_weights(p) for p in part.parameters())
-            trained = sum(num_weights(p) for p in part.parameters() if p.requires_grad)
-            rows.append(f"| {name} | {total:,} | {trained:,} | {trained / max(total, 1):.2%} |")
-        return "\n".join(rows)
-
-    # Save and load
-    #
-    # run/config.json        what the model is made of: config fields, names of encoder and LLM
-    # run/model.safetensors  what was trained: the projector, LoRA, other weights that were not frozen
+    # Save and load: config.json says what the model is made of, model.safetensors holds what was trained
 
     def parameters_to_save(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds: all that is trained, or was, and all that comes from no other place."""
-        comes_with_a_part = re.compile(rf"^(encoder|llm)\.(?!.*{LORA})")
-        return {
-            name: p
-            for name, p in self.named_parameters()
-            if p.requires_grad or name in self.ever_trained or not comes_with_a_part.search(name)
-        }
+        comes_with_a_part = re.compile(rf"^(encoder|llm)\.(?!.*{LORA})").search
+        names = {name for name, p in self.named_parameters() if p.requires_grad or not comes_with_a_part(name)}
+        return {name: p for name, p in self.named_parameters() if name in names | self.ever_trained}
 
     def save_pretrained(
         self, folder: str | Path, include_frozen: bool = False, state_dict=None, is_main_process: bool = True, **options
     ) -> None:
         """Write config.json and what was trained (taken from `state_dict` if it lives elsewhere).
 
-        With `include_frozen` the encoder and the LLM too, with feature extractor, tokenizer and a model card: the
-        folder then needs nothing else. A save that fails leaves what was in the folder as it was. `options`, which
-        Trainer and accelerate pass to transformers' save_pretrained, are about the form of the files: ours is fixed.
+        With `include_frozen` the encoder and the LLM too, and a model card: the folder then needs nothing else. A save
+        that fails leaves the folder as it was. `options` are what Trainer and accelerate say of the files' form.
         """
         if options.get("push_to_hub"):
             raise ValueError("save_pretrained(push_to_hub=True): wanted model.push_to_hub(repo_id)")
@@ -837,9 +734,8 @@ class SpeechLLM(PreTrainedModel):
     def load_trained(self, path: str | Path, only: str | None = None) -> None:
         """Read what was trained, tensor by tensor; InputError names every missing, extra or wrongly shaped one.
 
-        Weights of the encoder or the LLM may be among them: they were trained then, are held in fp32 as they were in
-        training, and are saved again. With `only`, the name of a part, tensors of the other parts may be missing: they
-        stay as they are, with a warning, so that a second stage of training can add LoRA to a projector.
+        Weights of the encoder or the LLM may be among them: they were trained, are held in fp32, and are saved again.
+        With `only`, the name of a part, tensors of other parts may be missing: they start new, and a warning says so.
         """
         parameters, saved = dict(self.named_parameters()), self.parameters_to_save()
         try:
@@ -850,7 +746,10 @@ class SpeechLLM(PreTrainedModel):
                     warnings.warn(f"{path}: without {new[0]} and the like ({len(new)}): they start new", stacklevel=2)
                     wanted = {name: shape for name, shape in wanted.items() if name not in new}
                 if shapes != wanted:
-                    raise InputError(f"{path}: {misfits(self.config, shapes, wanted)}")
+                    c = self.config
+                    made_for = f"encoder width {c.encoder_size}, LLM width {c.hidden_size}, {c.projector} projector of "
+                    made_for += f"stride {c.projector_stride}, hidden size {c.projector_hidden_size}"
+                    raise InputError(f"{path}: does not fit {made_for}: {misfits(shapes, wanted)}")
                 for name in shapes:
                     if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
                         self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
@@ -864,8 +763,7 @@ class SpeechLLM(PreTrainedModel):
     ) -> str:
         """Upload what `save_pretrained` writes, and a model card, to a repository on the Hub; the commit's address.
 
-        Frozen parts that came with the model are named by where they once came from. `revision` is a branch; it and the
-        repository are made if need be. `options`: commit_message, token, and those of create_repo: private ...
+        `revision` is a branch. `options`: commit_message, token, and those of create_repo: private ...
         """
         import hub  # an option
 
@@ -875,39 +773,20 @@ class SpeechLLM(PreTrainedModel):
         return hub.push(write, card, config, repo_id, include_frozen, revision, **options)
 
 
-def matches(names: list[str], patterns: list[str]) -> bool:
-    """Whether a pattern is found in one of the names."""
-    return any(re.search(pattern, name) for pattern in patterns for name in names)
+def matches(pattern: str, names: list[str]) -> bool:
+    """Whether a regular expression is found in one of the names. Raises InputError if it is none."""
+    try:
+        return any(re.search(pattern, name) for name in names)
+    except re.error as error:
+        raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
 
 
-def check_patterns(patterns: list[str], names: list[str]) -> None:
-    """Raise InputError for a pattern that matches no name."""
-    for pattern in patterns:
-        try:
-            if not matches(names, [pattern]):
-                examples = ", ".join(names[:: len(names) // 4])
-                raise InputError(f"freeze pattern {pattern!r} matches no parameter; there are {examples} ...")
-        except re.error as error:
-            raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
-
-
-def num_weights(p: nn.Parameter) -> int:
-    """Number of weights; ZeRO-3 keeps a share of them in `p`, bitsandbytes packs them."""
-    if hasattr(p, "ds_numel"):
-        return p.ds_numel
-    return p.quant_state.shape.numel() if hasattr(p, "quant_state") and p.quant_state else p.numel()
-
-
-def misfits(config: SpeechLLMConfig, shapes: dict[str, tuple], wanted: dict[str, tuple]) -> str:
-    """Why the tensors of a file do not fit a model, the first twelve."""
+def misfits(shapes: dict[str, tuple], wanted: dict[str, tuple]) -> str:
+    """What is wrong with the tensors of a file, the first twelve."""
     wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
     texts = [f"{n} is {shapes.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong[:12]]
     texts += [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
-    if any(0 in shapes.get(name, ()) for name in wrong):
-        texts.insert(0, UNGATHERED)
-    sizes = f"encoder width {config.encoder_size}, LLM width {config.hidden_size}, {config.projector} projector"
-    sizes += f" of stride {config.projector_stride}, hidden size {config.projector_hidden_size}"
-    return f"does not fit {sizes}: {'; '.join(texts)}"
+    return "; ".join([UNGATHERED] * any(0 in shapes.get(name, ()) for name in wrong) + texts)
 
 
 @contextmanager
@@ -916,12 +795,12 @@ def new_files_in(folder: Path) -> Iterator[Path]:
     partial_folder = folder / "model.partial"
     shutil.rmtree(partial_folder, ignore_errors=True)  # left by a kill
     partial_folder.mkdir(parents=True)
-    umask = os.umask(0)
-    os.umask(umask)
     try:
         yield partial_folder
-        for new in [path for path in partial_folder.rglob("*") if path.is_file()]:
-            new.chmod(0o666 & ~umask)  # safetensors makes files that nobody else may read
+        new_files = [path for path in partial_folder.rglob("*") if path.is_file()]
+        for new in new_files:
+            shutil.copymode(partial_folder / "config.json", new)  # safetensors makes files that nobody else may read
+        for new in new_files:
             old = folder / new.relative_to(partial_folder)
             old.parent.mkdir(parents=True, exist_ok=True)
             new.replace(old)
@@ -938,8 +817,8 @@ def find_weights(name_or_path: str | Path, revision: str | None = None, token: s
     if not path.is_dir() and path.suffix != ".safetensors":
         import hub  # an option
 
-        return hub.download(str(name_or_path), revision, token) / "model.safetensors"
-    if revision:
+        path = hub.download(str(name_or_path), revision, token)
+    elif revision:
         raise InputError(f"{name_or_path}: revision {revision} of local files; wanted none, or a Hub name")
     return path / "model.safetensors" if path.is_dir() else path
 
@@ -980,12 +859,3 @@ def with_lasting_names(config: SpeechLLMConfig) -> SpeechLLMConfig:
 
             setattr(config, revision_of_part, hub.commit_of(name, revision))
     return config
-
-
-def whole_weights():
-    """A context in which transformers loads whole weights though ZeRO-3 is on: some encoders cannot be sharded."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import zero3  # an option
-
-    return zero3.unsharded()

@@ -26,16 +26,9 @@ if TYPE_CHECKING:
     from model import SpeechLLM  # imported where it is used, so that --help and wrong input are quick
 
 # Flags that replace what the checkpoint's config.json says.
-OVERRIDES = {
-    "llm_model_name_or_path": "the LLM",
-    "encoder_name_or_path": "the speech encoder",
-    "prompt": "the user's turn, with <audio> in it",
-    "system_prompt": "the system's turn",
-    "chat_template": "FILE.jinja in place of the LLM's own",
-    "quantize": "4bit or 8bit: hold the LLM so, by bitsandbytes on a GPU",
-    "frozen_dtype": "float32, bfloat16 or auto: of the frozen weights",
-}
-ALIASES = {"encoder_name_or_path": ["--whisper_model_name_or_path"], "frozen_dtype": ["--dtype"]}
+OVERRIDES = (
+    "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize frozen_dtype".split()
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,8 +39,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_path", help="folder or Hub name: says of itself which encoder, LLM and prompt it needs")
     add("--revision", help="of --model_path on the Hub: branch, tag or commit")
     add("--projector_model_path", help="model.safetensors, in place of --model_path")
-    for name, text in OVERRIDES.items():
-        add(f"--{name}", *ALIASES.get(name, []), help=f"{text} (default: the checkpoint's)")
+    default = "(default: what the checkpoint says)"
+    add("--llm_model_name_or_path", help=f"the LLM {default}")
+    add("--encoder_name_or_path", "--whisper_model_name_or_path", help=f"the speech encoder {default}")
+    add("--prompt", help=f"the user's turn, with <audio> in it {default}")
+    add("--system_prompt", help=f"the system's turn {default}")
+    add("--chat_template", help=f"FILE.jinja in place of the LLM's own {default}")
+    add("--quantize", help="4bit or 8bit: hold the LLM so, by bitsandbytes on a GPU")
+    add("--dtype", dest="frozen_dtype", help=f"float32, bfloat16 or auto: of the frozen weights {default}")
     add("--merge_lora", action="store_true", help="add LoRA to the weights beside it, for speed")
     add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'; or KIND:PLACE, see sources.py")
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
@@ -74,11 +73,10 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
 
     from model import SpeechLLM
 
-    has_gpu = torch.cuda.is_available()
-    if (args.device or "").startswith("cuda") and not has_gpu:
-        raise InputError(f"--device {args.device}: no CUDA GPU here")
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu")
-    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name)}
+    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no CUDA GPU here")
+    overrides = {name: getattr(args, name) for name in OVERRIDES.split() if getattr(args, name)}
     path = args.projector_model_path or args.model_path
     model = SpeechLLM.from_pretrained(path, args.revision, device, **overrides)
     if args.merge_lora:
@@ -130,21 +128,18 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
 
 def print_problems_and_score(records: Records, durations: Sequence[float], hypotheses: dict[int, Hypothesis]) -> None:
     if problems := [h.problem for _, h in sorted(hypotheses.items()) if h.problem]:
-        print(f"{len(problems):,} of {len(records):,} utterances have problems:", file=sys.stderr)
-        print(*problems, sep="\n", file=sys.stderr)
-    texts = [(transcript_of(record), hypotheses[i].text, durations[i]) for i, record in enumerate(records)]
-    if texts := [row for row in texts if row[0] is not None]:
-        print(score(*zip(*texts, strict=True)).summary())
-        if len(texts) < len(records):
-            print(f"not scored: {len(records) - len(texts):,} lines without a reference")
-        print("score.py tells more: it lists the lines that were left out, and why")
+        print(f"{len(problems):,} of {len(records):,} utterances have problems:", *problems, sep="\n", file=sys.stderr)
+    rows = [(transcript_of(record), hypotheses[i].text, durations[i]) for i, record in enumerate(records)]
+    if scored := [row for row in rows if row[0] is not None]:
+        print(score(*zip(*scored, strict=True)).summary() + "; score.py lists them, and why")
+        if len(scored) < len(rows):
+            print(f"not scored: {len(rows) - len(scored):,} lines without a reference")
 
 
 # The unfinished result
 #
-# Finished utterances of each process lie beside the result file, in result.txt.partial-RANK: JSON lines, of which the
-# first is a key of all that decides a hypothesis and the others are hypotheses. So a killed run can be gone on from,
-# by any number of processes, and what another run has left is never mixed in.
+# result.txt.partial-RANK beside the result file holds what a process has finished: JSON lines, of which the first is a
+# key of all that decides a hypothesis. So any number of processes can go on after a kill, and nothing is mixed.
 
 
 def key_of_result(model: "SpeechLLM", records: Records, options: DecodingOptions) -> str:
@@ -164,12 +159,11 @@ def read_unfinished(result_path: str, key: str) -> tuple[dict[int, Hypothesis], 
     """Finished hypotheses by index, and the files with another key, which are of no use."""
     finished, foreign = {}, []
     for path in unfinished_files(result_path):
-        lines = path.read_bytes().split(b"\n")[:-1]  # a last line without its end was torn by the kill
-        if not lines or json.loads(lines[0]) != key:
+        head, *lines = path.read_bytes().split(b"\n")[:-1] or [b"null"]  # a line without its end was torn by the kill
+        if json.loads(head) == key:
+            finished |= {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
+        else:
             foreign.append(path)
-            continue
-        for hypothesis in (Hypothesis(**json.loads(line)) for line in lines[1:]):
-            finished[hypothesis.index] = hypothesis
     return finished, foreign
 
 
@@ -207,10 +201,10 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     options = DecodingOptions(**{option.name: getattr(args, option.name) for option in fields(DecodingOptions)})
-    if args.audio:  # one transcript a line; of a file that cannot be read an empty line, and a warning
-        print(*load_model(args).transcribe(args.audio, args.batch_size, **asdict(options)), sep="\n")
-    else:
-        recognize_manifest(args, options)
+    if args.data_path:
+        return recognize_manifest(args, options)
+    # One transcript a line; of a file that cannot be read an empty line, and a warning.
+    print(*load_model(args).transcribe(args.audio, args.batch_size, **asdict(options)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,39 @@
-"""Sources of data other than a manifest: --data_path KIND:PLACE.
+"""Sources of data other than a manifest: a list in memory, and --data_path KIND:PLACE.
 
 A source is a function (place, needs_text) -> Records, and a row in SOURCES. Records are described in manifest.py; most
 sources are read into a RecordList: a list of dicts with the keys of a manifest's line, and "where" they come from.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
+
 from errors import InputError
-from manifest import RecordList, Records, check_record
+from manifest import Records, check_record, stated_seconds, without_nulls
+
+
+class RecordList(Sequence):
+    """The records of a list of dicts, without their nulls. Those without "where" are called `name` and their number."""
+
+    def __init__(self, records: Iterable[dict], name: str = "record"):
+        self.records = [{"where": f"{name} {i}"} | without_nulls(record) for i, record in enumerate(records, 1)]
+        self.durations = np.array([stated_seconds(record) for record in self.records])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.records[index]
+
+    def fingerprint(self, count: int | None = None) -> str:
+        def encode(value) -> str:  # str() would leave the middle of a long array out
+            return sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else str(value)
+
+        texts = [json.dumps(record, default=encode) for record in self.records[:count]]
+        return sha256("\n".join(texts).encode()).hexdigest()
 
 
 def folder(place: str, needs_text: bool) -> Records:

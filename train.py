@@ -11,11 +11,14 @@ import json
 import math
 import os
 import sys
+import warnings
 from argparse import SUPPRESS, ArgumentTypeError
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -23,15 +26,15 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainingArguments, set_seed
 
-from dataset import IGNORE, LengthSampler, SpeechDataset, collate
+from dataset import IGNORE, SpeechDataset, collate
 from errors import InputError, nearest, run
 from manifest import DecodingOptions, Records, open_records, transcript_of
 from model import AUDIO_INPUTS, ModelArguments, SpeechLLM, SpeechLLMConfig, load_config
-from score import METRICS, score
 
 # Arguments
 
-OLD_FLAGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
+OTHER_NAMES = {"whisper_model_name_or_path": "encoder_name_or_path", "dtype": "frozen_dtype"}
+OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
 SECTIONS = ("data", "model", "training")  # of a YAML file
 
 
@@ -46,7 +49,7 @@ class DataArguments:
     model_max_length: int = flag(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = flag(30.0, "longest utterance, seconds; 0 = any")
     on_bad_audio: Literal["error", "skip"] = flag(
-        "error", "utterances that cannot be read or do not fit: stop, or leave out and count"
+        "error", "what cannot be read or does not fit: stop, or skip, counted"
     )
     augment: list[str] = field(default_factory=list, metadata={"help": "names in augment.py, applied in this order"})
     projector_model_path: str | None = flag(None, "model.safetensors to start from instead of random weights")
@@ -71,18 +74,15 @@ class TrainArguments(TrainingArguments):
 
 def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArguments]:
     """The three groups of arguments. Raises InputError for those that contradict each other."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainArguments),
-        description="Train a speech recogniser.",
-        usage="train.py [CONFIG.yaml] [--flag value ...] [--help]",
-        epilog="Older names work too: " + ", ".join(f"--{old} (now --{new})" for old, new in OLD_FLAGS.items()),
-        allow_abbrev=False,
-    )
+    about = {"usage": "train.py [CONFIG.yaml] [--flag value ...] [--help]", "allow_abbrev": False}
+    about["epilog"] = f"Other names: {', '.join(f'--{other} (--{name})' for other, name in OTHER_NAMES.items())}"
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), **about)
     for action in list(parser._actions):
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
-        for old in [old for old, new in OLD_FLAGS.items() if new == action.dest]:
-            same = {"type": action.type, "nargs": action.nargs, "const": action.const}
-            parser.add_argument(f"--{old}", dest=action.dest, default=SUPPRESS, help=SUPPRESS, **same)
+        for other in [other for other, name in OTHER_NAMES.items() if name == action.dest]:
+            same = {"type": action.type, "nargs": action.nargs, "const": action.const, "choices": action.choices}
+            names = f"--{other}", f"--{other.replace('_', '-')}"
+            parser.add_argument(*names, dest=action.dest, default=SUPPRESS, help=SUPPRESS, **same)
     flags = sorted(name for action in parser._actions for name in action.option_strings)
     if argv and argv[0] == "--config":
         argv = argv[1:]
@@ -110,7 +110,7 @@ def flags_of_file(path: str, flags: list[str]) -> list[str]:
     argv = []
     for key, value in [pair for section in (content, *sections) for pair in section.items()]:
         if f"--{key}" not in flags:
-            raise InputError(f"{path}: unknown key {key!r}{nearest(f'--{key}', flags)}")
+            raise InputError(f"{path}: unknown key {key!r}{nearest(key, [flag[2:] for flag in flags])}")
         if value is False and key.endswith("_strategy"):
             value = "no"  # which YAML reads as false
         if isinstance(value, list):
@@ -135,25 +135,55 @@ def check(data: DataArguments, args: TrainArguments) -> None:
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
         raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")
-    evaluated, saved = args.eval_strategy, args.save_strategy
-    if evaluated != "no" and not data.eval_data_path:
-        raise InputError(f"--eval_strategy {evaluated.value} wants a manifest; give --eval_data_path")
+    if args.eval_strategy != "no" and not data.eval_data_path:
+        raise InputError(f"--eval_strategy {args.eval_strategy.value} wants a manifest; give --eval_data_path")
     if data.save_best_by:
-        if data.save_best_by not in (*METRICS, "loss"):
-            raise InputError(f"--save_best_by {data.save_best_by}: wanted one of {', '.join(METRICS)}, loss")
-        together = evaluated == saved != "no" and (evaluated == "epoch" or args.save_steps % args.eval_steps == 0)
-        if not together:
-            cure = "give --eval_strategy and --save_strategy alike, and --eval_steps that divide --save_steps"
-            raise InputError(f"--save_best_by {data.save_best_by}: every checkpoint wants an evaluation; {cure}")
+        import keep_best  # an option
+
+        keep_best.check(data.save_best_by, args)
 
 
 # Training
 
 
+class LengthSampler(torch.utils.data.Sampler):
+    """(epoch, position) in a random order in which each run of `batch_size` has similar lengths.
+
+    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again; without
+    `by_length` they are only shuffled. The last batch is filled up with positions that come twice, or dropped: any
+    number of processes sees the same batches. The order depends on seed and epoch alone, also in a resumed run.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, seed: int, epoch=lambda: 0, by_length=True, drop_last=False
+    ):
+        self.lengths, self.batch_size, self.by_length = lengths, batch_size, by_length
+        self.seed, self.epoch, count = seed, epoch, len(lengths)
+        self.num_batches = count // batch_size if drop_last else -(-count // batch_size)
+        if drop_last and not self.num_batches:
+            raise InputError(f"--dataloader_drop_last: {count} utterances do not fill one batch of {batch_size}")
+        if 0 < count < batch_size:
+            times = f"{batch_size / count:.1f} times an epoch"
+            warnings.warn(f"{count} utterances fill a batch of {batch_size}: each comes {times}", stacklevel=2)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, size = self.epoch(), self.batch_size
+        random = np.random.default_rng([self.seed, epoch])
+        order = np.resize(random.permutation(len(self.lengths)), len(self))
+        if self.by_length:
+            groups = np.split(order, range(50 * size, len(order), 50 * size))
+            order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
+            order = random.permutation(order.reshape(-1, size)).ravel()
+        return ((epoch, position) for position in order.tolist())
+
+
 class SpeechTrainer(Trainer):
     """Trainer that saves the trained weights alone, evaluates loss and WER, and counts the utterances it skipped.
 
-    Methods that begin with an underscore override private ones of transformers, whose minor version is pinned for them.
+    Names with an underscore are private to transformers: requirements.txt pins its minor version for them.
     """
 
     def __init__(self, *args, settings: dict, eval_metric: str, **kwargs):
@@ -260,6 +290,8 @@ def evaluate(
     Prints the figures and three transcripts. Of W processes each takes every W-th utterance; all get the same result.
     Shares are equal, as ZeRO-3 wants, so the last may wrap around to the first utterances; these count once.
     """
+    from score import score
+
     share = -(-len(dataset) // args.world_size)
     positions = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
     options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
@@ -296,8 +328,8 @@ def evaluate(
 
 # Settings that decide the weights, beside those of the model. A run that goes on must not change them.
 DECISIVE_DATA = "model_max_length max_seconds on_bad_audio augment projector_model_path".split()
-DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args
-    lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
+DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
+    optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
     gradient_accumulation_steps world_size train_sampling_strategy label_smoothing_factor bf16 fp16
     dataloader_drop_last neftune_noise_alpha average_tokens_across_devices""".split()
 
@@ -317,15 +349,15 @@ def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
     trainer_state.json is written last: a folder without it was torn by a kill. InputError if the checkpoint holds
     weights alone, or if going on from the chosen one would overwrite later ones.
     """
-    complete = [path.parent for path in Path(output_dir).glob("checkpoint-[0-9]*/trainer_state.json") if is_json(path)]
-    if chosen and not is_json(Path(chosen, "trainer_state.json")):
+    complete = [path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None]
+    if chosen and step_of(chosen) is None:
         raise InputError(f"--resume_from_checkpoint {chosen}: no complete checkpoint; leave it out to take the last")
     if not complete and not chosen:
         return None
     folder = max(complete, key=step_of, default=Path(chosen or ""))
     if chosen:
         is_inside = Path(chosen).resolve().parent == Path(output_dir).resolve()
-        steps_ahead = step_of(folder) - step_of(Path(chosen))
+        steps_ahead = step_of(folder) - step_of(chosen)
         if steps_ahead < 0 or (steps_ahead and is_inside):
             raise InputError(f"--resume_from_checkpoint {chosen}: {folder} is there too; choose another --output_dir")
     if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
@@ -334,16 +366,12 @@ def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
     return str(folder)
 
 
-def step_of(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-
-
-def is_json(path: Path) -> bool:
+def step_of(checkpoint: str | Path) -> int | None:
+    """The step after which a checkpoint was saved; None if it is not complete."""
     try:
-        json.loads(path.read_bytes())
+        return json.loads(Path(checkpoint, "trainer_state.json").read_bytes())["global_step"]
     except (OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[str]:
@@ -373,10 +401,26 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
         allow(*(sizes if is_same_batch else ["world_size"]))
     if changed:
         changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in changed)
-        raise InputError(
-            f"{checkpoint}: this run contradicts it ({changes}); restore that, or choose another --output_dir"
-        )
+        cure = "restore that, or choose another --output_dir"
+        raise InputError(f"{checkpoint}: this run contradicts it ({changes}); {cure}")
     return told
+
+
+def describe(model: SpeechLLM) -> str:
+    """A table of the parts: parameters, trained ones, their share."""
+    rows = ["| module | parameters | trained | share |", "|---|---|---|---|"]
+    for name, part in [*model.named_children(), ("all", model)]:
+        total = sum(num_weights(p) for p in part.parameters())
+        trained = sum(num_weights(p) for p in part.parameters() if p.requires_grad)
+        rows.append(f"| {name} | {total:,} | {trained:,} | {trained / max(total, 1):.2%} |")
+    return "\n".join(rows)
+
+
+def num_weights(p: torch.nn.Parameter) -> int:
+    """Number of weights; ZeRO-3 keeps a share of them in `p`, bitsandbytes packs them."""
+    if hasattr(p, "ds_numel"):
+        return p.ds_numel
+    return p.quant_state.shape.numel() if hasattr(p, "quant_state") and p.quant_state else p.numel()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -420,8 +464,9 @@ def main(argv: list[str] | None = None) -> None:
     if data.save_best_by:
         from keep_best import KeepBest  # an option
 
-        callbacks = [KeepBest(data.save_best_by, args)]
-    metric = next((name for name in (data.save_best_by, args.metric_for_best_model) if name in METRICS), "auto")
+        callbacks.append(KeepBest(data.save_best_by, args))
+    metric = data.save_best_by or args.metric_for_best_model or "loss"
+    metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     rest = {"callbacks": callbacks, "settings": settings, "eval_metric": metric}
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, **rest)
     if not args.disable_tqdm:
@@ -430,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         trainer.skipped = set(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():
-        print(model.describe())
+        print(describe(model))
         if checkpoint:
             print(f"going on from {checkpoint}", *differences, sep="\n  ")
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,5 +1,6 @@
 """Tiny real models with random weights, and a corpus of noise: everything that the tests run on."""
 
+import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -10,17 +11,23 @@ import signal
 import socket
 import sys
 import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from families import ENCODERS, LLMS, make_llm_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+SAMPLE_RATE = 16000
 MODEL_FLAGS = "--llm_model_name_or_path chinese_llm --whisper_model_name_or_path whisper.pt"
 TRAIN_FLAGS = f"--use_cpu {MODEL_FLAGS} --projector_hidden_size 64 --report_to none --logging_steps 1"
 TRAINED_FLAGS = (
@@ -31,6 +38,14 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """Samples (S,) of noise whose loudness and colour go up and down, so that no two stretches of it are alike."""
+    random = np.random.default_rng(seed)
+    samples = random.normal(0, 0.1, round(seconds * SAMPLE_RATE))
+    swell = np.sin(np.arange(len(samples)) / SAMPLE_RATE * random.uniform(3, 9)) ** 2
+    return (samples * swell + np.roll(samples, 1) * (1 - swell)).astype(np.float32)
 
 
 def make_whisper(path: Path, width: int = 32) -> Path:
@@ -47,20 +62,9 @@ def make_whisper(path: Path, width: int = 32) -> Path:
 
 def make_tokenizer(chat_template: str | None = CHATML, **special_tokens):
     """A byte-level BPE tokenizer; pads with its end token, as many LLMs do, unless told otherwise."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     special_tokens = special_tokens or {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    extra = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>", "<|start_header_id|>", "<|end_header_id|>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=extra, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(["hello world transcribe the speech user assistant"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special_tokens)
-    tokenizer.add_special_tokens({"additional_special_tokens": extra})
-    tokenizer.chat_template = chat_template
-    return tokenizer
+    special = "<|im_start|> <|im_end|> <|eot_id|> </s> <|start_header_id|> <|end_header_id|>"
+    return make_llm_tokenizer(chat_template, special, **special_tokens)
 
 
 def make_llm(folder: Path, width: int = 48, tokenizer=None) -> Path:
@@ -85,13 +89,13 @@ def make_llm(folder: Path, width: int = 48, tokenizer=None) -> Path:
     return folder
 
 
-def make_corpus(folder: Path, seconds: list[float], rate: int = 16000) -> Path:
-    """Noise of the given lengths and a manifest of it."""
-    random = np.random.default_rng(0)
-    rows = []
+def make_corpus(folder: Path, seconds: list[float]) -> Path:
+    """Noise of these lengths and a manifest of it."""
+    random, rows = np.random.default_rng(0), []
     for number, length in enumerate(seconds):
         name = f"clip{number}.wav"
-        soundfile.write(folder / name, random.normal(0, 0.1, round(length * rate)).astype(np.float32), rate)
+        samples = random.normal(0, 0.1, round(length * SAMPLE_RATE)).astype(np.float32)
+        soundfile.write(folder / name, samples, SAMPLE_RATE)
         rows.append({"wav": name, "txt": "hello world" + " hello" * (number % 3)})
     return write_manifest(folder / "corpus.jsonl", rows)
 
@@ -117,6 +121,52 @@ def model(world):
 
     torch.manual_seed(0)
     return SpeechLLM.from_parts(str(world / "whisper.pt"), str(world / "llm"), projector_hidden_size=64)
+
+
+@pytest.fixture(scope="module", params=["wav2vec2_large", "whisper_openai", "w2v_bert"])
+def any_model(request, tmp_path_factory):
+    """A model of each kind of input: samples, Whisper's features (M before F), and features of another shape."""
+    from model import SpeechLLM
+
+    folder = tmp_path_factory.mktemp("parts")
+    encoder, llm = ENCODERS[request.param](folder / "encoder"), LLMS["qwen3"](folder / "llm")
+    torch.manual_seed(0)
+    options = {"projector": "mlp", "projector_hidden_size": 32, "encoder_dropout": 0.1}
+    return SpeechLLM.from_parts(str(encoder), str(llm), **options)
+
+
+class Screen(NamedTuple):
+    """What a command prints."""
+
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def call(world):
+    """call(train.main, "--flag value") -> Screen: one of our commands in this process, in the `world` folder.
+
+    The process is afterwards as it was: its folder, warnings, random numbers, and what accelerate knows of it.
+    """
+    from accelerate.state import AcceleratorState
+
+    def call_main(main: Callable[[list[str]], None], flags: str) -> Screen:
+        screen, folder = Screen(io.StringIO(), io.StringIO()), os.getcwd()
+        os.chdir(world)
+        try:
+            with (
+                warnings.catch_warnings(),
+                torch.random.fork_rng(),
+                redirect_stdout(screen.out),
+                redirect_stderr(screen.err),
+            ):
+                main(shlex.split(flags))
+        finally:
+            os.chdir(folder)
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return Screen(screen.out.getvalue(), screen.err.getvalue())
+
+    return call_main
 
 
 def die_at(moment: str | int) -> None:
@@ -218,7 +268,7 @@ def launch(tmp_path_factory, world):
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     forkserver = multiprocessing.get_context("forkserver")
-    imports = "conftest train recognize deepspeed whisper jiwer soundfile soxr transformers.models.qwen2.modeling_qwen2"
+    imports = "conftest train recognize report hub lora zero3 whisper soxr transformers.models.qwen2.modeling_qwen2"
     forkserver.set_forkserver_preload(imports.split())
 
     def start(script: str, flags: str, processes: int = 1, die_at: str | int = "") -> Job:

@@ -1,8 +1,8 @@
 """The whole job on a laptop, nothing downloaded: a table of word error rates and three transcripts.
 
-    python demo.py           # about five minutes on two cores
-    python demo.py --quick   # everything once in a minute or two; its error rates mean nothing
-    python demo.py --projector mlp  # or --lora_r 8, --encoder wav2vec2: only the stages that differ are new
+    python -m demo           # about five minutes on two cores
+    python -m demo --quick   # everything once in a minute or two; its error rates mean nothing
+    python -m demo --projector mlp  # or --lora_r 8, --encoder wav2vec2: only the stages that differ are new
 
 espeak-ng speaks made-up sentences in 32 voices. A small Whisper encoder learns to recognise them with CTC, a small
 Qwen2 learns to repeat a noisy text that stands where the speech will stand. Then both are frozen, and the real
@@ -20,7 +20,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,15 +27,15 @@ from pathlib import Path
 # Threads that wait must not spin: beside another busy program 38 steps of the encoder took 160 s so, and now 9 s.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-import torch
-
-from demo_data import TESTS, make_data
-from demo_models import RECIPES, train_encoder, train_llm
-from demo_stages import CORES, Stage, put
-from manifest import Manifest
+from demo.data import TESTS, make_data
+from demo.models import RECIPES, train_encoder, train_llm
+from demo.stages import CORES, Stage, put, run_in_child
+from errors import run
+from manifest import open_records
 from projectors import PROJECTORS
+from score import score
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 VARIANT = ("encoder", "projector", "lora_r")  # settings in which a run may differ from the default
 PROCESSES = min(2, CORES)  # side by side, for small models gain little from more threads
 
@@ -58,7 +57,7 @@ class Settings:
     projector: str = "conv1d"
     lora_r: int = 0
 
-    def changed(self, *names: str) -> dict:
+    def differences(self, *names: str) -> dict:
         """Those of the named settings that are not the default's."""
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Settings, name)}
 
@@ -66,31 +65,33 @@ class Settings:
 QUICK = {"train_sentences": 600, "test_sentences": 40, "encoder_epochs": 1, "llm_steps": 60, "projector_epochs": 1}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a tenth of the data and of the steps: shows that everything runs")
     add("--output_dir", type=Path, help="where everything goes (default: demo_run, with --quick demo_run_quick)")
     add("--seed", type=int, default=0, help="another seed makes other sentences and other weights (default: 0)")
     add("--encoder", choices=RECIPES, default="whisper", help="what is trained on the speech (default: whisper)")
-    add("--projector", choices=PROJECTORS, default="conv1d", help="--projector of train.py (default: conv1d)")
+    projectors = ["conv1d", *PROJECTORS]
+    add("--projector", choices=projectors, default="conv1d", help="--projector of train.py (default: conv1d)")
     add("--lora_r", type=int, default=0, help="--lora_r of train.py: rank of LoRA on the LLM (default: 0 = none)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     flags = {name: getattr(args, name) for name in ("seed", *VARIANT)}
     settings = Settings(**flags, **(QUICK if args.quick else {}))
     folder = args.output_dir or Path("demo_run_quick" if args.quick else "demo_run")
     folder.mkdir(parents=True, exist_ok=True)
 
     def stage(name: str, after: list[Stage], *fields: str, variant: tuple[str, ...] = ()) -> Stage:
-        fixed = {field: getattr(settings, field) for field in ("seed", *fields)}
-        return Stage(folder, name, fixed, after, settings.changed(*variant))
+        values = {field: getattr(settings, field) for field in ("seed", *fields)}
+        return Stage(folder, name, values, after, settings.differences(*variant))
 
     begin = time.perf_counter()
     data = stage("data", [], "train_sentences", "test_sentences")
     data.run(["tokenizer", "wav", "train.jsonl"], make_data, folder, **data.settings)
     # On few cores two small trainings side by side are faster than one after the other.
     llm, encoder = stage("llm", [data], "llm_steps"), stage("encoder", [data], "encoder_epochs", variant=("encoder",))
-    process = multiprocessing.get_context("spawn").Process(target=llm_process, args=(folder, llm), daemon=True)
+    child = {"target": run_in_child, "args": (llm, ["llm"], train_llm, folder), "kwargs": llm.settings}
+    process = multiprocessing.get_context("spawn").Process(**child, daemon=True)
     process.start()
 
     def threads() -> int:  # the encoder takes over the LLM's cores as soon as they are free
@@ -102,78 +103,69 @@ def main() -> None:
         sys.exit(process.exitcode)
     fields = [name for name in asdict(settings) if name.startswith("projector_")]
     projector = stage("projector", [llm, encoder], *fields, variant=VARIANT)
-    run = folder / f"run{projector.suffix}"
-    projector.run([run.name], train_projector, folder, settings, run)
+    model = folder / f"run{projector.suffix}"
+    projector.run([model.name], train_projector, folder, settings, model)
     stages = [data, llm, encoder, projector]
     for name in TESTS:
         stages.append(stage(name, [projector], variant=VARIANT))
         result = folder / f"result_{name}{projector.suffix}.txt"
-        stages[-1].run([result.name], recognize, run, folder / f"test_{name}.jsonl", result)
+        stages[-1].run([result.name], recognize, model, folder / f"test_{name}.jsonl", result)
     summarize(folder, settings, stages)
     print(f"{time.perf_counter() - begin:.0f} s; everything is in {folder}/")
 
 
-def llm_process(folder: Path, stage: Stage) -> None:
-    parent = multiprocessing.parent_process()  # if it is killed, this process must not write on beside the next run
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(max(1, CORES // 2))
-    stage.run(["llm"], train_llm, folder, **stage.settings)
-
-
 def command(script: str, *flags) -> None:
-    """Run one of the commands beside this file as a user would, on two processes that share the cores."""
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", str(HERE / script)]
+    """Run a command of the repository as a user would, on two processes that share the cores."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", str(ROOT / script)]
     words += map(str, flags)
     print("      $ python", " ".join(words), flush=True)
     threads = {"OMP_NUM_THREADS": str(max(1, CORES // PROCESSES)), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, *words], check=True, env={**os.environ, **threads})
 
 
-def train_projector(folder: Path, settings: Settings, run: Path) -> None:
-    partial, encoder = Path(f"{run}.partial"), folder / RECIPES[settings.encoder].output
+def train_projector(folder: Path, settings: Settings, output_dir: Path) -> None:
+    partial, encoder = Path(f"{output_dir}.partial"), folder / RECIPES[settings.encoder].output
     shutil.rmtree(partial, ignore_errors=True)
     command(
         "train.py",
         *("--llm_model_name_or_path", folder / "llm", "--encoder_name_or_path", encoder),
         *("--data_path", folder / "train.jsonl", "--output_dir", partial, "--seed", settings.seed),
         *("--num_train_epochs", settings.projector_epochs, "--learning_rate", settings.projector_learning_rate),
-        *("--per_device_train_batch_size", settings.projector_batch_size // PROCESSES, "--warmup_ratio", 0.05),
+        *("--per_device_train_batch_size", settings.projector_batch_size // PROCESSES, "--warmup_steps", 0.05),
         *("--projector", settings.projector, "--projector_hidden_size", settings.projector_hidden_size),
         *("--lora_r", settings.lora_r, "--lora_alpha", 2),  # with 16 the LLM learns to guess: WER 3.1 and 5.0 %
         *("--lr_scheduler_type", "cosine", "--logging_steps", 50),
         *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", True, "--use_cpu"),
     )
-    put(partial, run)
+    put(partial, output_dir)
 
 
-def recognize(run: Path, test: Path, result: Path) -> None:
+def recognize(model: Path, test: Path, result: Path) -> None:
     result.unlink(missing_ok=True)
     command(
         "recognize.py",
-        *("--model_path", run, "--data_path", test, "--result_path", result, "--num_beams", 4),
+        *("--model_path", model, "--data_path", test, "--result_path", result, "--num_beams", 4),
         *("--max_new_tokens", 40, "--num_workers", 0, "--device", "cpu"),
     )
 
 
 def summarize(folder: Path, settings: Settings, stages: list[Stage]) -> None:
     """Print the table and three transcripts; write summary.json."""
-    from score import score
-
     summary, suffix = {}, stages[-1].suffix
     print("\n| test set | sentences | words | WER |\n|---|---|---|---|")
     for name in TESTS:
-        references = [record["txt"] for record in Manifest(str(folder / f"test_{name}.jsonl"))]
+        references = [record["txt"] for record in open_records(folder / f"test_{name}.jsonl")]
         hypotheses = (folder / f"result_{name}{suffix}.txt").read_text().splitlines()
         rate = summary[f"wer_{name}"] = score(references, hypotheses).all.rate
         title, num_words = name.replace("_", " "), sum(len(text.split()) for text in references)
         print(f"| new sentences, {title} | {len(references)} | {num_words} | {100 * rate:.2f} % |")
     print()
-    for said, heard in list(zip(references, hypotheses, strict=True))[:3]:
-        print(f"reference  {said}\nhypothesis {heard}\n")
+    for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:3]:
+        print(f"reference  {reference}\nhypothesis {hypothesis}\n")
     summary["seconds"] = {stage.name: stage.stamp()["seconds"] for stage in stages}
     summary["settings"] = asdict(settings)
     (folder / f"summary{suffix}.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

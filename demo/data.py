@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demo_stages import CORES
+from demo.stages import CORES
 
 ACCENTS = ("en-us", "en-gb-x-rp")  # a voice is an accent and one of espeak-ng's speaker variants
 KNOWN_VOICES = "m1 m2 m3 m4 m6 m7 f1 f2 f3 f5 Andrea Alex belinda adam steph edward".split()
@@ -61,14 +61,14 @@ def sentence(rng: random.Random) -> str:
     return " ".join(rng.choice(WORDS.get(slot.rstrip("?"), [slot])) for slot in slots)
 
 
-def new_sentences(rng: random.Random, count: int, seen: set[str]) -> list[str]:
-    """So many sentences that are not in `seen`, where they are noted."""
-    fresh = []
-    while len(fresh) < count:
-        if (text := sentence(rng)) not in seen:
-            seen.add(text)
-            fresh.append(text)
-    return fresh
+def new_sentences(rng: random.Random, count: int, earlier: set[str]) -> list[str]:
+    """So many sentences that are not among the `earlier` ones, to which they are added."""
+    sentences = []
+    while len(sentences) < count:
+        if (text := sentence(rng)) not in earlier:
+            earlier.add(text)
+            sentences.append(text)
+    return sentences
 
 
 class Synthesizer:
@@ -118,13 +118,13 @@ def synthesize(jobs: list[tuple]) -> list[float]:
 
 def make_data(folder: Path, seed: int, train_sentences: int, test_sentences: int) -> None:
     """wav/, train.jsonl, test_*.jsonl, and tokenizer/."""
-    rng, seen, jobs = random.Random(seed), set(), {}
+    rng, earlier, jobs = random.Random(seed), set(), {}
     shutil.rmtree(folder / "wav", ignore_errors=True)
     (folder / "wav").mkdir()
     for name, variants in {**TESTS, "train": KNOWN_VOICES}.items():
         is_train = name == "train"
         count = train_sentences if is_train else test_sentences
-        for i, text in enumerate(new_sentences(rng, count, seen)):
+        for i, text in enumerate(new_sentences(rng, count, earlier)):
             voice = f"{rng.choice(ACCENTS)}+{rng.choice(variants)}"
             prosody = (rng.randint(190, 250), rng.randint(35, 65), rng.randint(35, 65))
             speed = rng.uniform(0.88, 1.14) if is_train else 1.0  # stands for larger and smaller speakers

@@ -1,13 +1,16 @@
 """The demo's stages: what each prints while it runs, and the stamps by which a second run knows what is there."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -53,6 +56,17 @@ class Stage:
         say(self.name, f"done in {seconds:.0f} s")
 
 
+def run_in_child(stage: Stage, *args, **kwargs) -> None:
+    """`stage.run(...)` in a process of its own, on half of the cores.
+
+    It ends with its parent: if that is killed, it must not write on beside the next run.
+    """
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(max(1, CORES // 2))
+    stage.run(*args, **kwargs)
+
+
 def put(partial: Path, path: Path) -> None:
     """Move a complete output to its place."""
     if path.is_dir():
@@ -64,14 +78,14 @@ class Progress:
     """Prints a line about every ten seconds: `[3/6] encoder: step 100/750, loss 0.712, 21 s`."""
 
     def __init__(self, stage: str, num_steps: int):
-        self.stage, self.num_steps, self.num_done, self.losses = stage, num_steps, 0, []
-        self.begin = self.shown = time.perf_counter()
+        self.stage, self.num_steps, self.step_number, self.losses = stage, num_steps, 0, []
+        self.begin = self.last_line = time.perf_counter()
 
     def step(self, loss: Tensor) -> None:
-        self.num_done += 1
+        self.step_number += 1
         self.losses.append(loss.item())
         now = time.perf_counter()
-        if now - self.shown > 10 or self.num_done == self.num_steps:
+        if now - self.last_line > 10 or self.step_number == self.num_steps:
             mean = sum(self.losses) / len(self.losses)
-            say(self.stage, f"step {self.num_done}/{self.num_steps}, loss {mean:.3f}, {now - self.begin:.0f} s")
-            self.losses, self.shown = [], now
+            say(self.stage, f"step {self.step_number}/{self.num_steps}, loss {mean:.3f}, {now - self.begin:.0f} s")
+            self.losses, self.last_line = [], now

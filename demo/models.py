@@ -1,6 +1,5 @@
 """The demo's models, all of which start from nothing: speech encoders that learn CTC, an LLM that learns to repeat."""
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -13,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from audio import load_audio
-from dataset import IGNORE
-from demo_data import BLANK, TESTS, new_sentences
-from demo_stages import Progress, put
-from encoders import OPENAI_NAMES, SpeechEncoder, extract, load_encoder, rename
-from manifest import SAMPLE_RATE, Manifest
-from prompt import PROMPT, render_prompt
+from dataset import IGNORE, conversation, load_audio, pad_left, render_prompt
+from demo.data import BLANK, TESTS, new_sentences
+from demo.stages import Progress, put
+from manifest import PROMPT, SAMPLE_RATE, open_records
+from model import load_encoder, transformers_name
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,8 +57,8 @@ class Optimizer:
         warmup = max(1, 0.07 * num_steps)
 
         def rate(step: int) -> float:
-            done = (step + 1 - warmup) / (num_steps - warmup)
-            return (step + 1) / warmup if done < 0 else 0.5 + 0.5 * math.cos(math.pi * done)
+            share = (step + 1 - warmup) / (num_steps - warmup)  # of the cosine, 0 to 1
+            return (step + 1) / warmup if share < 0 else 0.5 + 0.5 * math.cos(math.pi * share)
 
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in self.optimizers]
 
@@ -92,19 +89,17 @@ def train_encoder(
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     partial = folder / f"partial_{recipe.output}"
     recipe.create(partial)
-    model = load_encoder(str(partial))
+    model = load_encoder(str(partial))  # which is frozen
     for name, p in model.named_parameters():
         p.requires_grad_("embed_positions" not in name)  # Whisper's sines stay
     to_tokens, to_characters = nn.Linear(192, len(tokenizer)), nn.Linear(192, len(CHARACTERS))
-    last_layer = getattr(model.model, "encoder", model.model).layers[-1]
-    norm = next(module for module in last_layer.children() if isinstance(module, nn.LayerNorm))
-    middle = []  # what the last layer's first LayerNorm makes of the layer before
-    hook = norm.register_forward_hook(lambda *call: middle.append(call[-1]))
+    middle = []  # frames (B, T, D) of the layer before the last, through the last layer's first LayerNorm
+    hook = recipe.last_norm(model).register_forward_hook(lambda *call: middle.append(call[-1]))
 
     torch.set_num_threads(threads())
     clips = []
-    for record in Manifest(str(folder / "train.jsonl")):
-        features = extract(model.feature_extractor, load_audio(folder / record["wav"]))
+    for record in open_records(folder / "train.jsonl"):
+        features = model.extract(load_audio(folder / record["wav"]))
         ids = tokenizer(record["txt"], add_special_tokens=False).input_ids
         clips.append((features, ids, [CHARACTERS.index(c) for c in record["txt"]]))
     clips.sort(key=lambda clip: len(clip[0]))
@@ -142,13 +137,13 @@ def new_whisper(path: Path) -> None:
     torch.save({"dims": asdict(dims), "model_state_dict": whisper.model.Whisper(dims).state_dict()}, path)
 
 
-def save_whisper(encoder: SpeechEncoder, path: Path) -> None:
+def save_whisper(encoder: nn.Module, path: Path) -> None:
     """Put the encoder's weights into the file that new_whisper wrote; the decoder's stay random."""
     checkpoint = torch.load(path, weights_only=True)
-    weights, encoder_weights = checkpoint["model_state_dict"], encoder.model.state_dict()
-    for name in [name for name in weights if name.startswith("encoder.")]:
-        (new_name,) = rename({name.removeprefix("encoder."): None}, OPENAI_NAMES)
-        weights[name] = encoder_weights[new_name]
+    weights, trained_weights = checkpoint["model_state_dict"], encoder.model.state_dict()
+    for name in weights:
+        if name.startswith("encoder."):
+            weights[name] = trained_weights[transformers_name(name.removeprefix("encoder."))]
     torch.save(checkpoint, path)
 
 
@@ -184,16 +179,31 @@ def mask_samples(samples: Tensor, rng: random.Random) -> Tensor:
 
 
 class Recipe(NamedTuple):
-    output: str
-    create: Callable[[Path], None]
-    blocks: Callable[[SpeechEncoder], nn.Module]  # whose matrices Muon trains
-    mask: Callable[[Tensor, random.Random], Tensor]
-    save: Callable[[SpeechEncoder, Path], None]
+    output: str  # name of a file or a folder
+    create: Callable[[Path], None]  # writes an untrained encoder
+    blocks: Callable[[nn.Module], nn.Module]  # the part of the encoder whose matrices Muon trains
+    last_norm: Callable[[nn.Module], nn.Module]  # the first LayerNorm of the encoder's last layer
+    mask: Callable[[Tensor, random.Random], Tensor]  # what augments features
+    save: Callable[[nn.Module, Path], None]
 
 
 RECIPES = {
-    "whisper": Recipe("whisper.pt", new_whisper, lambda whisper: whisper.model.layers, mask_features, save_whisper),
-    "wav2vec2": Recipe("wav2vec2", new_wav2vec2, lambda encoder: encoder, mask_samples, SpeechEncoder.save_pretrained),
+    "whisper": Recipe(
+        output="whisper.pt",
+        create=new_whisper,
+        blocks=lambda encoder: encoder.model.layers,
+        last_norm=lambda encoder: encoder.model.layers[-1].self_attn_layer_norm,
+        mask=mask_features,
+        save=save_whisper,
+    ),
+    "wav2vec2": Recipe(
+        output="wav2vec2",
+        create=new_wav2vec2,
+        blocks=lambda encoder: encoder,
+        last_norm=lambda encoder: encoder.model.encoder.layers[-1].layer_norm,
+        mask=mask_samples,
+        save=lambda encoder, path: encoder.save_pretrained(path),
+    ),
 }
 
 
@@ -212,21 +222,24 @@ def train_llm(folder: Path, seed: int, llm_steps: int) -> None:
     config = Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.05, **shape, **heads, **ends)
     llm = Qwen2ForCausalLM(config)
     table = llm.get_input_embeddings().weight  # (V, H)
-    (before, after), end_id = render_prompt(tokenizer, json.dumps([{"role": "user", "content": PROMPT}]))
+    (before, after), end_id = render_prompt(tokenizer, conversation(PROMPT))
     optimizer, watch = Optimizer([llm], llm.model.layers, llm_steps), Progress("llm", llm_steps)
-    seen = {r["txt"] for name in TESTS for r in Manifest(str(folder / f"test_{name}.jsonl"))}
-    words = sorted({i for text in new_sentences(rng, 1000, set(seen)) for i in tokenizer(text).input_ids})
+    earlier = {record["txt"] for name in TESTS for record in open_records(folder / f"test_{name}.jsonl")}
+    words = sorted({i for text in new_sentences(rng, 1000, set(earlier)) for i in tokenizer(text).input_ids})
     for step in range(llm_steps):
         noise = min(1.0, max(0.0, 2 * step / llm_steps - 0.2))
-        targets = [tokenizer(text).input_ids for text in new_sentences(rng, 32, seen)]
-        heard = [mishear(target, words, noise, rng) for target in targets]
-        labels = pad_left([torch.tensor([*t, end_id]) for t in targets], IGNORE)  # (B, K)
-        slots = [blur(table[h], table.detach().std(), noise) for h in heard]
+        targets = [tokenizer(text).input_ids for text in new_sentences(rng, 32, earlier)]
+        slots = [mishear(target, words, noise, rng) for target in targets]
+        speech = [blur(table[ids], table.detach().std(), noise) for ids in slots]  # of (N, H) each
         # A wrong word now and then in what it has said so far: it must look at the speech again, and not run on.
-        said = [[rng.choice(words) if rng.random() < 0.1 * noise else i for i in t] for t in targets]
-        rest = [table[[*after, *t, end_id]] for t in said]
-        embeds = pad_left([torch.cat([table[before], s, r]) for s, r in zip(slots, rest, strict=True)], 0)
-        mask = pad_left([torch.ones(len(s) + len(r) + len(before)) for s, r in zip(slots, rest, strict=True)], 0)
+        answers = [[rng.choice(words) if rng.random() < 0.1 * noise else i for i in target] for target in targets]
+        rows = [
+            torch.cat([table[before], embeds, table[[*after, *answer, end_id]]])  # (L, H)
+            for embeds, answer in zip(speech, answers, strict=True)
+        ]
+        labels = pad_left([[*target, end_id] for target in targets], IGNORE)  # (B, K)
+        embeds = pad_sequence(rows, batch_first=True, padding_side="left")  # (B, L, H)
+        mask = pad_left([[1] * len(row) for row in rows], 0)  # (B, L)
         logits = llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=labels.shape[1] + 1).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         optimizer.step(loss)
@@ -245,9 +258,11 @@ def mishear(tokens: list[int], words: list[int], noise: float, rng: random.Rando
     slots, blanks, errors = [BLANK] * rng.randint(0, 2), 0.7 * rng.random(), 0.1 * noise * rng.random()
     for token in tokens:
         luck = rng.random()
-        heard = [] if luck < 0.2 * errors else [rng.choice(words)] if luck < errors else [token]
-        heard += [rng.choice(words)] if rng.random() < 0.2 * errors else []
-        slots += heard * rng.choice((1, 1, 1, 1, 2, 2, 3))
+        copies = [token]
+        if luck < errors:
+            copies = [] if luck < 0.2 * errors else [rng.choice(words)]
+        copies += [rng.choice(words)] if rng.random() < 0.2 * errors else []
+        slots += copies * rng.choice((1, 1, 1, 1, 2, 2, 3))
         while rng.random() < blanks:
             slots.append(BLANK)
     return slots or [BLANK]
@@ -261,7 +276,3 @@ def blur(embeds: Tensor, spread: Tensor, noise: float) -> Tensor:
     shares = noise * (torch.rand(len(embeds), 1) - 0.5).clamp(min=0)
     embeds = torch.lerp(embeds, embeds.roll(1, 0), shares) * torch.exp(0.5 * noise * torch.randn(1))
     return embeds + 2 * noise * torch.rand(1) * spread * torch.randn_like(embeds)
-
-
-def pad_left(rows: list[Tensor], value: float) -> Tensor:
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")

@@ -1,9 +1,9 @@
 """Speed, memory and padding of training and decoding, on random weights of named sizes: nothing is downloaded.
 
-python benchmark.py --encoder tiny --llm small --mean_seconds 4.5            # as train.py and recognize.py do it
-python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --fixed    # the old recipe: 30 s, 512 tokens
-python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --compare  # both in turns, and their ratios
-python benchmark.py --encoder tiny --llm small --mean_seconds 4.5 --compare="--lora_r 8"  # what LoRA costs
+python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5            # as train.py and recognize.py do it
+python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --fixed    # the old recipe: 30 s, 512 tokens
+python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --compare  # both in turns, and their ratios
+python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --compare="--lora_r 8"  # what LoRA costs
 """
 
 import argparse
@@ -11,28 +11,37 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
 from dataset import IGNORE, SpeechDataset, collate
-from manifest import SAMPLE_RATE, InputError, run
-from model import SpeechLLM
+from errors import InputError, run
+from manifest import SAMPLE_RATE, SPEECH
+from model import SpeechLLM, SpeechLLMConfig, WhisperEncoder, build_projector
 from projectors import PROJECTORS
-from prompt import SPEECH
-from sampler import LengthSampler
+from train import LengthSampler
 
+ROOT = Path(__file__).parent.parent
 ENCODERS = {  # mel bins, width, heads, layers
     "tiny": (80, 384, 6, 4),
     "base": (80, 512, 8, 6),
@@ -58,7 +67,7 @@ TOKENS_A_SECOND = 3.5  # of transcript: English words at 2.7 a second with 1.3 t
 GROUP = 50  # batches among which LengthSampler sorts
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
@@ -66,7 +75,7 @@ def parse() -> argparse.Namespace:
     add("--llm", choices=LLMS, default="small", help="LLM size (default: small = 8 layers, 512 wide, 151,936 tokens)")
     add("--mean_seconds", type=float, default=4.5, help="mean length of the clips, up to 20 seconds (default: 4.5)")
     add("--fixed", action="store_true", help="the old recipe: audio padded to 30 s, text to 512 tokens, all logits")
-    add("--projector", choices=sorted(PROJECTORS), default="conv1d", help="default: conv1d")
+    add("--projector", choices=["conv1d", *PROJECTORS], default="conv1d", help="default: conv1d")
     add("--lora_r", type=int, default=0, help="rank of LoRA on the LLM, 0 = none (default: 0)")
     add("--compare", nargs="?", const="--fixed", metavar="FLAGS",
         help="run without and with these flags in turns, each in a process of its own (default: --fixed)")  # fmt: skip
@@ -80,7 +89,7 @@ def parse() -> argparse.Namespace:
     add("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights (default: float32)")
     add("--json", action="store_true", help="print the figures as one line of JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     limits = {"mean_seconds": (0.5, 20), "steps": (0, GROUP), "decode_batches": (0, GROUP)}
     limits |= {name: (1, 1000) for name in ("repeats", "batch_size", "decode_batch_size")}
     for name, (least, most) in limits.items():
@@ -89,44 +98,38 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def build_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with one word, w0, w1 ..., for each id: a transcript of n words has n tokens."""
+    words = ["<|im_end|>", "<|im_start|>", *"system You are a helpful assistant . user Transcribe the speech".split()]
+    words += [f"w{i}" for i in range(len(words), num_tokens)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": words[0], "additional_special_tokens": words[:2]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special)
+
+
 def build_model(args: argparse.Namespace) -> SpeechLLM:
-    """SpeechLLM as train.py builds it, but with random weights made in place (no file of them) on the device.
-
-    The tokenizer has one word, w0, w1 ..., for each id, so a transcript of n words has n tokens.
-    """
-    import whisper
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
-
-    width, inner, layers, heads, kv_heads, vocabulary, tied = LLMS[args.llm]
+    """SpeechLLM as train.py builds it, of parts with random weights that are made in place, on the device."""
+    width, inner, layers, heads, kv_heads, num_tokens, tied = LLMS[args.llm]
     llm_config = (LlamaConfig if args.llm.startswith("llama") else Qwen2Config)(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+        num_key_value_heads=kv_heads, vocab_size=num_tokens, tie_word_embeddings=tied, max_position_embeddings=32768,
         initializer_range=0.3,  # else every answer is one word over and over, and all are the same
     )  # fmt: skip
-    mels, width, heads, layers = ENCODERS[args.encoder]
-    dims = whisper.model.ModelDimensions(mels, 1500, width, heads, layers, 1, 1, width, heads, 1)
-
-    def random_llm(*_, **__):
-        return AutoModelForCausalLM.from_config(llm_config, dtype=getattr(torch, args.dtype))
-
-    known = ["<|im_end|>", "<|im_start|>", *"system You are a helpful assistant . user Transcribe the speech".split()]
-    ids = {word: i for i, word in enumerate(known + [f"w{i}" for i in range(len(known), vocabulary)])}
-    words = Tokenizer(models.WordLevel(ids))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=known[0], additional_special_tokens=known[:2], chat_template=CHAT
-    )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch("llm.load_pretrained", random_llm),
-        patch("whisper.load_model", lambda *_, **__: whisper.Whisper(dims)),
-        torch.device(args.device),
-    ):
-        tokenizer.save_pretrained(folder)
-        options = {"pad_to_30s": args.fixed, "lora_r": args.lora_r}
-        model = SpeechLLM.from_parts(args.encoder, folder, args.projector, **options)
-    model.llm.generation_config.eos_token_id = [vocabulary]  # no such token: random weights would stop anywhere
+    mels, encoder_width, heads, layers = ENCODERS[args.encoder]
+    encoder_config = WhisperConfig(
+        num_mel_bins=mels, d_model=encoder_width, encoder_ffn_dim=4 * encoder_width, encoder_attention_heads=heads,
+        encoder_layers=layers, init_std=0.05,
+    )  # fmt: skip
+    config = SpeechLLMConfig(projector=args.projector, pad_to_30s=args.fixed, lora_r=args.lora_r)
+    dtype = getattr(torch, args.dtype)
+    with torch.device(args.device):
+        llm = AutoModelForCausalLM.from_config(llm_config, dtype=dtype)
+        whisper = TransformersWhisper(encoder_config).to(dtype)
+        projector = build_projector(config, encoder_width, width)
+    encoder = WhisperEncoder(whisper, WhisperFeatureExtractor(mels))
+    model = SpeechLLM(config, encoder, projector, llm, build_tokenizer(num_tokens))
+    model.llm.generation_config.eos_token_id = [num_tokens]  # no such token: random weights would stop anywhere
     return model
 
 
@@ -152,7 +155,7 @@ def pick(groups: np.ndarray, count: int) -> np.ndarray:
 
 
 def fix(batch: dict) -> dict:
-    """A batch in the old recipe: 512 positions, each of which has a label (the first is never predicted)."""
+    """A batch in the old recipe: 512 positions, each of which has a label but the first, which nothing predicts."""
     room = FIXED_TOKENS - batch["input_ids"].shape[1]
     assert room >= 0, f"a text and 30 s of speech take {FIXED_TOKENS - room} positions, more than {FIXED_TOKENS}"
     padded = {name: F.pad(batch[name], (room, 0)) for name in ("input_ids", "attention_mask")}
@@ -172,7 +175,7 @@ def count_work(model: SpeechLLM, seconds: Tensor, batch: dict[str, Tensor]) -> d
     no backward. Attention without the half that the causal mask hides; the vocabulary only where there are labels.
     """
     features = (100 * seconds).long()
-    frames, speech = model.encoder.output_lengths(features), model.speech_lengths(features)
+    frames, speech = model.encoder.output_lengths(features), model.num_embeddings(features)
     texts = (batch["attention_mask"].bool() & (batch["input_ids"] != SPEECH)).sum(1)  # prompt and transcript
     tokens, labels = texts + speech, (batch["labels"] != IGNORE).sum(1)
 
@@ -184,8 +187,15 @@ def count_work(model: SpeechLLM, seconds: Tensor, batch: dict[str, Tensor]) -> d
     work += 4 * size(llm.model) * tokens + config.num_hidden_layers * 6 * tokens**2 * config.hidden_size
     work += 4 * config.hidden_size * config.vocab_size * labels
     useful = {"seconds": seconds, "features": features, "tokens": tokens, "operations": work.double()}
-    padded = {"padded_features": batch["input_features"][:, :, 0].numel(), "padded_tokens": batch["input_ids"].numel()}
-    return {name: value.sum().item() for name, value in useful.items()} | padded
+    with_padding = {
+        "padded_features": batch["input_features"][:, :, 0].numel(),
+        "padded_tokens": batch["input_ids"].numel(),
+    }
+    return {name: value.sum().item() for name, value in useful.items()} | with_padding
+
+
+def to_device(batch: dict, device: str) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def matrix_rate(device: str, dtype: str) -> float:
@@ -216,11 +226,11 @@ def peak_memory(device: str) -> int:
 
 def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace) -> dict[str, float]:
     """Figures of `steps` optimiser steps over batches as train.py makes them, from audio in memory to new weights."""
-    order = np.array(list(LengthSampler(dataset.durations, args.batch_size, seed=0)))[: GROUP * args.batch_size]
-    batches = order.reshape(GROUP, -1)
+    order = [position for _, position in LengthSampler(dataset.durations, args.batch_size, seed=0)]
+    batches = np.array(order[: GROUP * args.batch_size]).reshape(GROUP, -1)
     batches = pick(batches[dataset.durations[batches].mean(1).argsort()], args.steps)
     batches = [batches[-1], *batches]  # the longest warms up
-    held = reset_peak(args.device)
+    memory_before = reset_peak(args.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     autocast = partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
     model.train()
@@ -229,11 +239,10 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
     for _ in batches:
         begin = time.perf_counter()
         batch = next(loader)
-        index, _ = batch.pop("index"), batch.pop("bad")
         if args.fixed:
             batch = fix(batch)
         with autocast():
-            loss = model(**{name: tensor.to(args.device) for name, tensor in batch.items()})["loss"]
+            loss = model(**to_device(batch, args.device)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -241,7 +250,7 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
         rates.append(matrix_rate(args.device, args.dtype))  # beside each step, for others may use the machine
-        counts.append(count_work(model, torch.tensor(dataset.durations[index]), batch))
+        counts.append(count_work(model, torch.tensor(dataset.durations[batch["index"]]), batch))
     total = {name: sum(count[name] for count in counts[1:]) for name in counts[0]}
     seconds, rate = sum(times[1:]), median(rates[1:])
     return {
@@ -251,8 +260,8 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
         "train_llm_padding_share": 1 - total["tokens"] / total["padded_tokens"],
         "matrix_gflops_a_second": rate / 1e9,
         "train_useful_share_of_matrix_rate": total["operations"] / seconds / rate,
-        "weights_mb": held / 1e6,
-        "train_peak_above_weights_mb": (peak_memory(args.device) - held) / 1e6,
+        "weights_mb": memory_before / 1e6,
+        "train_peak_above_weights_mb": (peak_memory(args.device) - memory_before) / 1e6,
     }
 
 
@@ -262,11 +271,10 @@ def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
     Nothing stops early: a clip gets as many tokens as its transcript has, a batch as many as its longest.
     """
 
-    def decode(part: list[int]) -> dict[int, list[str]]:
-        num = {i: len(dataset.records[i]["txt"].split()) for i in part}
-        most = max(num.values())
-        rows = model.decode(dataset, part, len(part), num_beams=1, max_new_tokens=most)
-        return {i: text.split()[: num[i]] for batch in rows for i, text, _ in batch}
+    def decode(clips: list[int]) -> dict[int, list[str]]:
+        num_words = {i: len(dataset.records[i]["txt"].split()) for i in clips}
+        (hypotheses,) = model.decode(dataset, clips, len(clips), num_beams=1, max_new_tokens=max(num_words.values()))
+        return {h.index: h.text.split()[: num_words[h.index]] for h in hypotheses}
 
     size = args.decode_batch_size
     batches = pick(dataset.durations.argsort()[: GROUP * size].reshape(GROUP, size), args.decode_batches).tolist()
@@ -290,32 +298,32 @@ def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
     }
 
 
-def compare(repeats: int, flags: str) -> dict[str, list[float]]:
-    """Each figure's median over the turns: as it is now, with the flags, and of their ratios; or the first alone."""
-    own = [arg for arg in sys.argv[1:] if not arg.startswith("--compare") and arg != flags]
-    given, turns = [sys.executable, __file__, *own, "--json"], []
-    for extra in repeats * [[], [*flags.split(), "--decode_batches=0"]]:  # the highest memory use is a process's own
-        done = subprocess.run(given + extra, capture_output=True, text=True)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["killed, perhaps for want of memory"]
-            raise InputError(f"{' '.join(given[1:] + extra)}: exit status {done.returncode}, {last[0]}")
-        turns.append(json.loads(done.stdout))
+def compare(argv: list[str], repeats: int, flags: str) -> dict[str, list[float]]:
+    """Each figure's median over the turns: without the flags, with them, and of the ratios; or the first alone."""
+    argv = [arg for arg in argv if not arg.startswith("--compare") and arg != flags]
+    turns = []
+    for extra in repeats * [[], [*flags.split(), "--decode_batches=0"]]:
+        # In a process of its own, because the highest memory use is that of a process.
+        words = ["-m", "tools.benchmark", *argv, "--json", *extra]
+        process = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        if process.returncode:
+            last_line = process.stderr.strip().splitlines()[-1:] or ["killed, perhaps for want of memory"]
+            raise InputError(f"{' '.join(words)}: exit status {process.returncode}, {last_line[0]}")
+        turns.append(json.loads(process.stdout))
     figures = {}
     for name in turns[0]:
-        now, fixed = [turn[name] for turn in turns[::2]], [turn.get(name) for turn in turns[1::2]]
-        figures[name] = [median(now)]
-        if None not in fixed:
-            figures[name] += [
-                median(fixed),
-                median(a / b if b else float("nan") for a, b in zip(now, fixed, strict=True)),
-            ]
+        without, with_flags = [turn[name] for turn in turns[::2]], [turn.get(name) for turn in turns[1::2]]
+        figures[name] = [median(without)]
+        if None not in with_flags:
+            ratios = [a / b if b else float("nan") for a, b in zip(without, with_flags, strict=True)]
+            figures[name] += [median(with_flags), median(ratios)]
     return figures
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     if args.compare:
-        figures = compare(args.repeats, args.compare)
+        figures = compare(sys.argv[1:] if argv is None else argv, args.repeats, args.compare)
     else:
         torch.manual_seed(0)
         model = build_model(args)

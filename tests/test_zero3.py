@@ -1,0 +1,162 @@
+"""What zero3.py promises: DeepSpeed ZeRO-3 trains what one process trains, and its checkpoints hold what was trained."""
+
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TRAIN_FLAGS, TRAINED_FLAGS
+from runs import PROJECTOR, assert_same, evaluations, losses, weights
+from transformers.integrations import deepspeed as integration
+
+import zero3
+from errors import InputError
+from manifest import Manifest
+from model import SpeechLLM
+from train import compare_settings
+
+DEEPSPEED = f"--deepspeed {ROOT}/ds_config_zero3.json"
+# From https://github.com/wenet-e2e/west, with tiny models on two CPU processes and without --bf16.
+PUBLISHED = f"""--standalone --nnodes=1 --nproc_per_node=2 {ROOT}/train.py
+    --use_cpu
+    --llm_model_name_or_path llm
+    --whisper_model_name_or_path whisper.pt
+    --data_path corpus.jsonl
+    --output_dir published
+    --num_train_epochs 5
+    --per_device_train_batch_size 8
+    --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 8
+    --evaluation_strategy "no"
+    --save_strategy "steps"
+    --save_steps 100
+    --save_total_limit 10
+    --learning_rate 3e-4
+    --weight_decay 0.01
+    --adam_beta2 0.95
+    --warmup_ratio 0.01
+    --lr_scheduler_type "cosine"
+    --logging_steps 1
+    --report_to "none"
+    --model_max_length 512
+    --gradient_checkpointing
+    --dataloader_num_workers 4
+    --dataloader_prefetch_factor 10
+    {DEEPSPEED}"""
+
+
+def test_the_published_command_trains_under_torchrun_and_zero3(world):
+    command = [str(Path(sys.executable).with_name("torchrun")), *shlex.split(PUBLISHED)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    saved = weights(world / "published")
+    assert saved.keys() == PROJECTOR
+    assert saved["projector.linear1.weight"].shape == (2048, 32)
+    state = json.loads((world / "published/checkpoint-5/trainer_state.json").read_text())
+    assert state["global_step"] == 5  # 20 clips are one step of 2 x 8 x 8 an epoch
+    learning_rates = [row["learning_rate"] for row in state["log_history"] if "loss" in row]
+    assert learning_rates[0] == 0  # one step of warm-up
+    assert learning_rates[1] == pytest.approx(3e-4) and learning_rates[-1] < 1e-4
+
+
+# Half the batch of `trained` on each of two processes
+FLAGS = f"{TRAIN_FLAGS} {TRAINED_FLAGS} {DEEPSPEED} --per_device_train_batch_size 2 --per_device_eval_batch_size 2"
+
+
+@pytest.fixture(scope="module")
+def sharded(world, trained, launch) -> Path:
+    """The run of `trained` under ZeRO-3 on two processes."""
+    job = launch("train.py", f"{FLAGS} --output_dir sharded", processes=2).wait()
+    assert job.status == 0, job.err
+    return world / "sharded"
+
+
+def test_zero3_trains_what_one_process_trains(trained, sharded):
+    assert losses(sharded) == pytest.approx(losses(trained), abs=1e-3)
+    assert_same(weights(sharded), weights(trained), within=1e-5)
+    assert_same(weights(sharded / "checkpoint-5"), weights(trained / "checkpoint-5"), within=1e-5)
+
+
+def test_evaluation_under_zero3_is_that_of_one_process(trained, sharded):
+    """Seven clips in batches of 2 on two processes: each has four, one of them twice."""
+    assert np.array(evaluations(sharded)) == pytest.approx(np.array(evaluations(trained)), rel=1e-4)
+
+
+def test_a_zero3_checkpoint_holds_no_frozen_weights(sharded, world, chinese_llm):
+    model = SpeechLLM.from_parts(str(world / "whisper.pt"), str(chinese_llm), projector_hidden_size=64)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    files = sorted((sharded / "checkpoint-5").glob("*/*_states.pt"))
+    assert len(files) == 4  # weights and optimiser of two processes
+    for path in files:
+        state = torch.load(path, weights_only=False)
+        assert not frozen & set(state.get("module", {}))
+        assert not frozen & {name for group in state.get("param_shapes", []) for name in group}
+    optimizer = sum(path.stat().st_size for path in files if "optim" in path.name)
+    trained_bytes = (sharded / "checkpoint-5/model.safetensors").stat().st_size
+    assert optimizer < 4 * trained_bytes  # fp32 weights and the two moments of Adam
+
+
+def test_zero3_killed_with_its_whole_process_group_goes_on(world, sharded, launch):
+    """Killed once after checkpoint-5 of ten steps: the weights are those of the run that was not."""
+    flags = f"{FLAGS} --output_dir sharded_killed"
+    launch("train.py", flags, processes=2, die_at="sharded_killed/checkpoint-10").died()
+    job = launch("train.py", flags, processes=2).wait()
+    assert job.status == 0, job.err
+    assert "going on from sharded_killed/checkpoint-5\n" in job.out
+    assert_same(weights(world / "sharded_killed"), weights(sharded))
+
+
+@pytest.mark.parametrize("change", [{"world_size": 4}, {"deepspeed": False}])
+def test_going_on_with_another_number_of_processes_or_without_zero3_is_refused(change, sharded, world):
+    """ZeRO-3 cannot deal its optimiser's states out anew."""
+    checkpoint, records = sharded / "checkpoint-10", Manifest(world / "corpus.jsonl")
+    settings = json.loads((checkpoint / "train_settings.json").read_text())
+    assert compare_settings(str(checkpoint), settings, records) == []
+    ((name, value),) = change.items()
+    with pytest.raises(InputError, match=rf"\({name} was {settings[name]} and is {value}\)"):
+        compare_settings(str(checkpoint), settings | change, records)
+
+
+def test_an_evaluation_set_alone_is_evaluated_at_the_end(trained, launch, tmp_path):
+    flags = f"--data_path corpus.jsonl --eval_data_path eval.jsonl --max_steps 2 --output_dir {tmp_path} {DEEPSPEED}"
+    job = launch("train.py", f"{TRAIN_FLAGS} {flags}", processes=2).wait()
+    assert job.status == 0, job.err
+    assert len(re.findall(r"evaluation: loss \d+\.\d+, WER \d+\.\d\d%", job.out)) == 1
+    facts = json.loads((tmp_path / "config.json").read_text())["training"]
+    assert {"evaluation loss", "evaluation wer"} <= facts.keys()
+
+
+# Private names of DeepSpeed and transformers, whose minor versions requirements pin for them
+
+
+def test_deepspeed_can_still_leave_the_frozen_weights_out_of_its_checkpoints():
+    told = f"deepspeed {deepspeed.__version__}: {{}} is gone: checkpoints would hold the frozen LLM, or not be loaded"
+    for method, argument in (
+        ("save_checkpoint", "exclude_frozen_parameters"),
+        ("load_checkpoint", "load_module_strict"),
+    ):
+        arguments = inspect.signature(getattr(deepspeed.DeepSpeedEngine, method)).parameters
+        assert argument in arguments, told.format(f"{argument} of DeepSpeedEngine.{method}")
+
+
+def test_an_encoder_can_still_be_loaded_whole_though_zero3_is_on():
+    """transformers keeps what it knows of ZeRO-3 in a weak reference, which `unsharded` takes away for a while."""
+    told = "transformers.integrations.deepspeed: _hf_deepspeed_config_weak_ref is gone: encoders would be sharded"
+    assert vars(integration).get("_hf_deepspeed_config_weak_ref", "gone") is None, told
+    zero3_is_on = integration.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        assert integration.is_deepspeed_zero3_enabled() and zero3_is_on
+        with zero3.unsharded():
+            assert not integration.is_deepspeed_zero3_enabled(), told
+        assert integration.is_deepspeed_zero3_enabled()
+    finally:
+        integration.unset_hf_deepspeed_config()

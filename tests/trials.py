@@ -1,0 +1,53 @@
+"""One trial of a model, whatever its parts: it is trained for a step and decoded, and clips do not hear each other."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import noise
+
+from dataset import SpeechDataset, collate
+from model import SpeechLLM
+
+SMALL = {"projector_hidden_size": 32, "projector_num_layers": 2}
+
+
+def records(seconds: tuple[float, ...] = (0.9, 2.3, 0.5)) -> list[dict]:
+    """Records of noise, with short transcripts."""
+    texts = ["hello", "hello world", "transcribe the speech", "the user"]
+    return [{"where": f"a:{n}", "wav": noise(s, n), "txt": texts[n % 4]} for n, s in enumerate(seconds)]
+
+
+def examples_of(model: SpeechLLM, seconds: tuple[float, ...] = (0.9, 2.3, 0.5)) -> list[dict]:
+    return list(model.make_dataset(records(seconds)))
+
+
+def losses(model: SpeechLLM, examples: list[dict]) -> list[float]:
+    """Of each example, summed over its tokens, when these stand in one batch."""
+    batch = collate(examples)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    return F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1).tolist()
+
+
+def decode(model: SpeechLLM, dataset: SpeechDataset, batch_size: int = 16, **options) -> list[str]:
+    """The texts of a dataset, in its order."""
+    options = {"num_beams": 2, "max_new_tokens": 5} | options
+    hypotheses = sum(model.decode(dataset, batch_size=batch_size, **options), [])
+    return [hypothesis.text for hypothesis in sorted(hypotheses, key=lambda hypothesis: hypothesis.index)]
+
+
+def try_out(model: SpeechLLM) -> None:
+    """Train a model for one step and decode every clip; assert that none depends on the others in its batch."""
+    dataset = model.make_dataset(records())
+    examples = list(dataset)
+    model.train()
+    model(**collate(examples)).loss.backward()
+    unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unreached, f"no gradient reaches {unreached}"
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad), "a frozen weight has a gradient"
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    model.eval()
+    together, alone = losses(model, examples), [losses(model, [example])[0] for example in examples]
+    np.testing.assert_allclose(together, alone, rtol=1e-4, err_msg="losses in a batch and alone")
+    texts = [decode(model, dataset, batch_size) for batch_size in (3, 1)]
+    assert texts[0] == texts[1], f"texts in a batch and alone: {texts}"
