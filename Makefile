@@ -1,6 +1,7 @@
 # make demo          the whole job on a laptop: synthesise, train, recognise, score; nothing downloaded but packages
 # make demo QUICK=1  the same in a minute or two, with no claim on the figures
 # make test          tests and lint
+# make ... NO_GPU=1  without triton, which openai-whisper brings: 1 GB that only a GPU needs
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -8,7 +9,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 .PHONY: demo test format
 
 demo: $(VENV)/installed
-	python demo.py $(if $(QUICK),--quick)
+	python -m demo $(if $(QUICK),--quick)
 
 test: $(VENV)/installed-extra
 	ruff check . && ruff format --check .
@@ -23,8 +24,10 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	python -m pip install -q -r requirements.txt
+	$(if $(NO_GPU),python -m pip uninstall -q -y triton)
 	touch $@
 
 $(VENV)/installed-extra: requirements-extra.txt $(VENV)/installed
 	python -m pip install -q -r requirements-extra.txt
+	$(if $(NO_GPU),python -m pip uninstall -q -y triton)
 	touch $@

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from errors import BadUtterance, InputError
-from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, WINDOW, Clip, Records, clips_of, transcript_of
+from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, Clip, Manifest, Records, clips_of, transcript_of
 
+WINDOW = 30 * SAMPLE_RATE  # samples; longer clips are encoded in equal windows of at most so many
 IGNORE = -100  # in labels: not trained on
 SHORTEST = 400  # samples, 25 ms: the least that gives a frame of a spectrogram, or of a convolutional feature extractor
 SILENCE = 2 * SAMPLE_RATE  # samples that stand for a clip which cannot be read
@@ -34,6 +35,18 @@ PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
     "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
     "{{ eos_token if turn.role == 'assistant' }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+
+def open_records(source: str | Path, needs_text: bool = True) -> Records:
+    """The records of a manifest, or of another source: KIND:PLACE, with the kinds of sources.py. Raises InputError."""
+    kind, colon, place = str(source).partition(":")
+    if not colon or Path(source).exists():
+        return Manifest(source, needs_text)
+    from sources import SOURCES  # an option
+
+    if kind not in SOURCES:
+        raise InputError(f"{source}: no such file, and no source {kind!r}; wanted one of {', '.join(SOURCES)}")
+    return SOURCES[kind](place, needs_text)
 
 
 # Audio
@@ -113,19 +126,17 @@ def set_chat_template(tokenizer, template: str | None) -> None:
         tokenizer.chat_template = PLAIN_TEMPLATE
 
 
-def conversation(prompt: str, system_prompt: str | None = None) -> list[dict]:
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": prompt}]
+def render_prompt(tokenizer, prompt: str | list[dict], system_prompt: str | None = None) -> tuple[list[list[int]], int]:
+    """Token ids of the pieces of a prompt around each <audio>, up to the answer; and the id of the answer's end token.
 
-
-def render_prompt(tokenizer, messages: list[dict]) -> tuple[list[list[int]], int]:
-    """Token ids of the pieces of a conversation around each <audio>, up to the answer; and the id of its end token.
-
-    The chat template is rendered as text, split at <audio> and tokenised piece by piece, so the vocabulary needs no
-    new token. The end token is what the template puts after an answer, else the tokenizer's eos. Raises BadUtterance
-    where the template refuses the conversation (Mistral's and Gemma's know no system prompt, for one).
+    `prompt` is the user's turn, or the turns of a conversation. The chat template is rendered as text, split at <audio>
+    and tokenised piece by piece, so the vocabulary needs no new token. The end token is what the template puts after an
+    answer, else the tokenizer's eos. Raises BadUtterance where the template refuses (Mistral's knows no system prompt).
     """
-    turns = json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in messages])
+    if isinstance(prompt, str):
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        prompt = [*system, {"role": "user", "content": prompt}]
+    turns = json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in prompt])
     return render_template(tokenizer, tokenizer.chat_template, turns)
 
 
@@ -256,10 +267,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise BadUtterance(f"{seconds:.3f} s of audio are too short for a single speech embedding")
 
         transcript = transcript_of(record)
-        messages = conversation(record.get("prompt", self.prompt), self.system_prompt)
+        prompt = record.get("prompt", self.prompt)
         if "messages" in record:  # whose last turn, if the assistant's, is the transcript
-            messages = record["messages"] if transcript is None else record["messages"][:-1]
-        pieces, end_id = render_prompt(self.tokenizer, messages)
+            prompt = record["messages"] if transcript is None else record["messages"][:-1]
+        pieces, end_id = render_prompt(self.tokenizer, prompt, self.system_prompt)
         if len(pieces) != len(counts) + 1:
             raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
         prompt_ids = list(pieces[0])

@@ -1,4 +1,4 @@
-"""Raw tensors in place of a batch of `collate`: what transformers' feature extractors and tokenizers return."""
+"""Inputs in place of a batch of `collate`: raw tensors, as transformers' classes return them, and conversations."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
+from conversations import wrong_turns
 from dataset import SPEECH, pad_left, speech_ids
-from manifest import SAMPLE_RATE
+from errors import BadUtterance
+from manifest import AUDIO, SAMPLE_RATE
+from sources import RecordList
 
 
 def batch_from_tensors(
@@ -98,3 +101,25 @@ def pad_to_the_left(inputs_embeds: Tensor, attention_mask: Tensor) -> dict[str, 
     order = attention_mask.long().argsort(dim=1, stable=True)  # (B, L)
     embeds = inputs_embeds.gather(1, order.unsqueeze(2).expand_as(inputs_embeds))  # (B, L, H)
     return {"inputs_embeds": embeds, "attention_mask": attention_mask.gather(1, order)}
+
+
+def records_of(prompts: list[list[dict]]) -> RecordList:
+    """Records of conversations whose last turn is the user's. Raises BadUtterance for one that does not add up."""
+    if not prompts:
+        raise ValueError("wanted prompts, found none")
+    records = []
+    for number, turns in enumerate(prompts, 1):
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"prompt {number}: wanted a list of turns, each with role, content and perhaps audio")
+        turns = [turn | {"audio": as_list(turn.get("audio", []))} for turn in turns]
+        if wrong := wrong_turns(turns, AUDIO):
+            raise BadUtterance(f"prompt {number}: {wrong}")
+        if turns[-1]["role"] == "assistant":
+            raise ValueError("wanted prompts whose last turn is the user's")
+        records.append({"messages": turns})
+    return RecordList(records, "prompt")
+
+
+def as_list(audio) -> list:
+    """The clips of a turn; one alone, a path or samples (S,), may stand without its list."""
+    return list(audio) if isinstance(audio, (list, tuple)) else [audio]

@@ -1,6 +1,6 @@
 """What goes in and what comes out: records of a manifest, options of decoding, hypotheses.
 
-records = open_records("train.jsonl")
+records = Manifest("train.jsonl")
 records[0]  # {"wav": "a.wav", "txt": "hello world", "where": "train.jsonl:1", "folder": Path(".")}
 """
 
@@ -20,7 +20,6 @@ import numpy as np
 from errors import InputError
 
 SAMPLE_RATE = 16000  # Hz, of audio that is given as an array, and of all audio once it is loaded
-WINDOW = 30 * SAMPLE_RATE  # samples; longer clips are encoded in equal windows of at most so many
 AUDIO = "<audio>"  # in a prompt: the speech goes here
 PROMPT = f"{AUDIO}\nTranscribe the speech"
 SPEECH, BOUNDARY = -1, (-2, -3)  # in input_ids: a speech embedding; the vectors before and after a clip
@@ -41,18 +40,6 @@ class Records(Protocol):
 
     def fingerprint(self, count: int | None = None) -> str:
         """Tells these records, or the first `count` of them, from all others; a resumed run compares it."""
-
-
-def open_records(source: str | Path, needs_text: bool = True) -> Records:
-    """The records of a manifest, or of another source: KIND:PLACE, with the kinds of sources.py. Raises InputError."""
-    kind, colon, place = str(source).partition(":")
-    if not colon or Path(source).exists():
-        return Manifest(source, needs_text)
-    from sources import SOURCES  # an option
-
-    if kind not in SOURCES:
-        raise InputError(f"{source}: no such file, and no source {kind!r}; wanted one of {', '.join(SOURCES)}")
-    return SOURCES[kind](place, needs_text)
 
 
 class Manifest(Sequence):
@@ -144,7 +131,7 @@ def check_record(record: dict, where: str, needs_text: bool) -> None:
     if "messages" in record:
         from conversations import check_messages  # an option
 
-        check_messages(record, where, needs_text)
+        check_messages(record, where, needs_text, AUDIO)
     elif "wav" not in record or (needs_text and "txt" not in record):
         needed = ["wav", "txt"] if needs_text else ["wav"]
         missing = [key for key in needed if key not in record]

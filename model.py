@@ -36,9 +36,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
-from dataset import IGNORE, SpeechDataset, collate, conversation, length_mask, render_prompt, set_chat_template
+from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt, set_chat_template
 from errors import UNGATHERED, BadUtterance, InputError, as_input_error, load_pretrained, nearest
-from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, WINDOW, DecodingOptions, Hypothesis, Records
+from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
@@ -338,8 +338,8 @@ class SpeechLLM(PreTrainedModel):
             nn.init.normal_(self.boundary.weight, std=0.02)
         # [length of features] -> speech embeddings: with this table datasets need no model in their processes.
         self.embedding_counts = self.num_embeddings(torch.arange(WINDOW + 1)).int().numpy()
-        if self.embedding_counts.max() < 1:
-            raise InputError(f"projector_stride {config.projector_stride}: 30 s of audio give not one embedding")
+        if not self.embedding_counts[len(encoder.extract(np.zeros(SILENCE, np.float32)))]:
+            raise InputError(f"projector_stride {config.projector_stride}: 2 s of audio give not one embedding")
         self.label_smoothing = 0.0  # in training
         self.is_merged = False  # LoRA has gone into the weights of the LLM or the encoder
         self.ever_trained: set[str] = set()  # names of parameters that were loaded, or unfrozen for a time: saved
@@ -424,7 +424,7 @@ class SpeechLLM(PreTrainedModel):
         """Make the LLM's generation_config hold its stop tokens and nothing else, and check the prompt."""
         config, name = self.config, self.tokenizer.name_or_path
         try:
-            pieces, end_id = render_prompt(self.tokenizer, conversation(config.prompt, config.system_prompt))
+            pieces, end_id = render_prompt(self.tokenizer, config.prompt, config.system_prompt)
         except BadUtterance as error:
             raise InputError(f"{name}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
         if len(pieces) != 2:
@@ -467,7 +467,7 @@ class SpeechLLM(PreTrainedModel):
         if speech_embeds is None and "feature_lengths" not in audio:
             import inputs  # an option
 
-            prompt = render_prompt(self.tokenizer, conversation(self.config.prompt, self.config.system_prompt))[0]
+            prompt = render_prompt(self.tokenizer, self.config.prompt, self.config.system_prompt)[0]
             options = self.encoder, self.num_embeddings, prompt, self.config.audio_boundary_tokens
             input_ids, attention_mask, audio = inputs.batch_from_tensors(input_ids, attention_mask, audio, *options)
         if speech_embeds is None:
@@ -522,11 +522,11 @@ class SpeechLLM(PreTrainedModel):
         """
         audio = {name: options.pop(name) for name in AUDIO_INPUTS if name in options}
         if prompts is not None:
-            import conversations  # an option
+            import inputs  # an option
 
             if audio or input_ids is not None:
                 raise ValueError("wanted prompts, or tensors of audio and text; not both")
-            dataset = self.make_dataset(conversations.records_of(prompts), max_length=self.max_length)
+            dataset = self.make_dataset(inputs.records_of(prompts), max_length=self.max_length)
             return self.generate(**self.tensors_of(collate(list(dataset), with_targets=False)), **options)
         with self.in_eval_mode():  # in training mode, layers that recompute their activations keep no cache
             llm_inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
@@ -607,7 +607,7 @@ class SpeechLLM(PreTrainedModel):
     # What is trained
 
     def apply_freezing(self) -> None:
-        """Train what matches no pattern of freeze_params, or one of prevent_freeze_params, by name. Raises InputError."""
+        """Train what no pattern of freeze_params matches by name, or one of prevent_freeze_params does."""
         config = self.config
         exceptions = config.prevent_freeze_params + [LORA] * bool(config.lora_r or config.encoder_lora_r)
         names: dict[nn.Parameter, list[str]] = {}  # tied weights have two names

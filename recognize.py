@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from tqdm import tqdm
 
 from errors import InputError, run
-from manifest import DecodingOptions, Hypothesis, Records, key_of, open_records, transcript_of
+from manifest import DecodingOptions, Hypothesis, Records, key_of, transcript_of
 from score import score
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA GPU here")
-    overrides = {name: getattr(args, name) for name in OVERRIDES.split() if getattr(args, name)}
+    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name)}
     path = args.projector_model_path or args.model_path
     model = SpeechLLM.from_pretrained(path, args.revision, device, **overrides)
     if args.merge_lora:
@@ -86,6 +86,8 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
 
 def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> None:
     """Decode a manifest into a result file, on one process or on a share each of several, and score it."""
+    from dataset import open_records
+
     records = open_records(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
     if not (folder := Path(args.result_path).parent).is_dir():
         raise InputError(f"{folder}: no such folder, for --result_path {args.result_path}")

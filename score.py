@@ -145,7 +145,14 @@ def choose_metric(references: Sequence[str]) -> str:
     return "cer" if num_unspaced > len(re.findall(rf"[^\W\d_{UNSPACED}]", text)) else "wer"
 
 
-if __name__ == "__main__":
-    from report import main  # an option: the report of a result file
+def main(argv: Sequence[str] | None = None) -> None:
+    import report  # an option
 
+    args = report.parse(argv, METRICS, NORMALIZERS)
+    rows = report.read_rows(args.data_path, args.result_path)
+    result = score(rows.references, rows.hypotheses, rows.durations, args.metric, args.normalizer)
+    print(report.as_json(result, rows) if args.json else report.as_text(result, rows, METRICS[result.metric].__doc__))
+
+
+if __name__ == "__main__":
     run(main)

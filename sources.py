@@ -56,7 +56,7 @@ def nemo(place: str, needs_text: bool) -> Records:
     path, records = Path(place), []
     if not path.is_file():
         raise InputError(f"nemo:{place}: no such file; wanted JSON lines with 'audio_filepath' and 'text'")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), 1):
         where = f"{place}:{number}"
         try:
             row = json.loads(line)
@@ -65,9 +65,9 @@ def nemo(place: str, needs_text: bool) -> Records:
             raise InputError(f"{where}: {error!r}; wanted a JSON object with 'audio_filepath'") from None
         names = {"text": "txt", "duration": "duration", "offset": "start"}
         record |= {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
+        check_record(record, where, needs_text)
         if "start" in record and "duration" in record:
             record["end"] = record["start"] + record["duration"]
-        check_record(record, where, needs_text)
         records.append(record | {"where": where, "folder": path.parent})
     return RecordList(records)
 

@@ -4,7 +4,7 @@
         --encoder_name_or_path tiny --data_path train.jsonl --output_dir run --bf16 True \
         --deepspeed ds_config_zero3.json
 
-The flags can stand in a YAML file: python train.py whisper_qwen.yaml --learning_rate 1e-4; the command line wins.
+The flags can stand in a YAML file, and the command line wins: python train.py recipes/whisper_qwen.yaml --bf16 False
 """
 
 import json
@@ -26,9 +26,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainingArguments, set_seed
 
-from dataset import IGNORE, SpeechDataset, collate
+from dataset import IGNORE, SpeechDataset, collate, open_records
 from errors import InputError, nearest, run
-from manifest import DecodingOptions, Records, open_records, transcript_of
+from manifest import DecodingOptions, Records, transcript_of
 from model import AUDIO_INPUTS, ModelArguments, SpeechLLM, SpeechLLMConfig, load_config
 
 # Arguments

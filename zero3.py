@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 shares all weights out over the processes; here, for a model of which most is frozen: --deepspeed."""
+"""DeepSpeed ZeRO-3 shares all weights out over the processes; here for a model of which most is frozen: --deepspeed."""
 
 import warnings
 from collections.abc import Iterator

@@ -27,11 +27,11 @@ from pathlib import Path
 # Threads that wait must not spin: beside another busy program 38 steps of the encoder took 160 s so, and now 9 s.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+from dataset import open_records
 from demo.data import TESTS, make_data
 from demo.models import RECIPES, train_encoder, train_llm
 from demo.stages import CORES, Stage, put, run_in_child
 from errors import run
-from manifest import open_records
 from projectors import PROJECTORS
 from score import score
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dataset import IGNORE, conversation, load_audio, pad_left, render_prompt
+from dataset import IGNORE, load_audio, open_records, pad_left, render_prompt
 from demo.data import BLANK, TESTS, new_sentences
 from demo.stages import Progress, put
-from manifest import PROMPT, SAMPLE_RATE, open_records
+from manifest import PROMPT, SAMPLE_RATE
 from model import load_encoder, transformers_name
 
 
@@ -222,7 +222,7 @@ def train_llm(folder: Path, seed: int, llm_steps: int) -> None:
     config = Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.05, **shape, **heads, **ends)
     llm = Qwen2ForCausalLM(config)
     table = llm.get_input_embeddings().weight  # (V, H)
-    (before, after), end_id = render_prompt(tokenizer, conversation(PROMPT))
+    (before, after), end_id = render_prompt(tokenizer, PROMPT)
     optimizer, watch = Optimizer([llm], llm.model.layers, llm_steps), Progress("llm", llm_steps)
     earlier = {record["txt"] for name in TESTS for record in open_records(folder / f"test_{name}.jsonl")}
     words = sorted({i for text in new_sentences(rng, 1000, set(earlier)) for i in tokenizer(text).input_ids})

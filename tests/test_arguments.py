@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from arguments import parse
 from conftest import ROOT
 
-from arguments import parse
 from manifest import InputError
 
 FLAGS = "--llm_model_name_or_path llm --encoder_name_or_path tiny --data_path train.jsonl --output_dir run --use_cpu"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoint import load_config
+from config import SpeechLLMConfig
 from conftest import CHATML, ROOT, make_llm, make_whisper
 from fake_hub import FakeHub
 from families import ENCODERS, LLMS
@@ -28,8 +30,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from checkpoint import load_config
-from config import SpeechLLMConfig
 from dataset import collate
 from manifest import InputError
 from model import SpeechLLM

@@ -20,20 +20,20 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from dataset import (
     IGNORE,
-    LengthSampler,
+    WINDOW,
     SpeechDataset,
     audio_seconds,
     collate,
-    conversation,
     length_mask,
     load_audio,
     render_prompt,
     set_chat_template,
 )
 from errors import BadUtterance, InputError
-from manifest import AUDIO, BOUNDARY, SAMPLE_RATE, SPEECH, WINDOW, Manifest
+from manifest import AUDIO, BOUNDARY, SAMPLE_RATE, SPEECH, Manifest
 from model import log_mel
 from sources import RecordList
+from train import LengthSampler
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -440,9 +440,9 @@ def tokenizers(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("llm", [name for name in LLMS if name != "gpt2"])
 def test_the_end_token_is_what_the_template_puts_after_an_answer(tokenizers, llm):
-    tokenizer, messages = tokenizers[llm], conversation(f"{AUDIO}\nWrite")
-    _, end_id = render_prompt(tokenizer, messages)
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "yes"}], tokenize=False)
+    tokenizer = tokenizers[llm]
+    _, end_id = render_prompt(tokenizer, USER)
+    whole = tokenizer.apply_chat_template([*USER, {"role": "assistant", "content": "yes"}], tokenize=False)
     assert whole.rpartition("yes")[2].lstrip().startswith(tokenizer.decode([end_id]))
 
 
@@ -476,7 +476,7 @@ def test_a_template_that_a_tokenizer_gets_later_counts_from_then_on():
 
 def test_a_template_may_place_the_audio_itself():
     tokenizer = make_tokenizer(f"Speech: {AUDIO} Text:")
-    pieces, end_id = render_prompt(tokenizer, conversation("whatever"))
+    pieces, end_id = render_prompt(tokenizer, "whatever")
     assert [tokenizer.decode(piece) for piece in pieces] == ["Speech: ", " Text:"]
     assert end_id == tokenizer.eos_token_id  # the template shows no answer, and so no end of one
 
@@ -491,6 +491,13 @@ def test_a_tokenizer_without_any_end_token_is_an_error():
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", bos_token="<|im_start|>")
     with pytest.raises(InputError, match="end token"):
         render_prompt(tokenizer, USER)
+
+
+def test_a_prompt_of_one_turn_may_be_a_text():
+    tokenizer = make_tokenizer()
+    text, system = f"{AUDIO}\nTranscribe the speech", {"role": "system", "content": "You hear well."}
+    assert render_prompt(tokenizer, text) == render_prompt(tokenizer, USER)
+    assert render_prompt(tokenizer, text, "You hear well.") == render_prompt(tokenizer, [system, *USER])
 
 
 def test_a_system_prompt_comes_first():

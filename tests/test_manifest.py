@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import write_manifest
 
+from dataset import open_records
 from errors import InputError
 from manifest import (
     AUDIO,
@@ -20,15 +21,14 @@ from manifest import (
     Clip,
     DecodingOptions,
     Manifest,
-    RecordList,
     check_record,
     clips_of,
     key_of,
-    open_records,
     parse_line,
     stated_seconds,
     transcript_of,
 )
+from sources import RecordList
 
 LINE = {"wav": "a.wav", "txt": "hello"}
 QUESTION = {"role": "user", "content": AUDIO, "audio": ["a.wav"]}

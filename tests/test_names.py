@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import DataArguments, TrainArguments, parse
+from config import SpeechLLMConfig
 from conftest import ROOT
 from families import ENCODERS, LLMS
 
-from arguments import DataArguments, TrainArguments, parse
-from config import SpeechLLMConfig
 from model import SpeechLLM
 
 

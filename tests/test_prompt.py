@@ -4,11 +4,11 @@ import json
 
 import pytest
 from families import LLMS
+from prompt import AUDIO, conversation, render_prompt, set_chat_template
 from transformers import AutoTokenizer
 
 from manifest import InputError
 from model import SpeechLLM
-from prompt import AUDIO, conversation, render_prompt, set_chat_template
 
 
 @pytest.fixture(scope="module")

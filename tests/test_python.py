@@ -7,13 +7,13 @@ import pytest
 import soundfile
 import torch
 from families import ENCODERS, LLMS
+from prompt import SPEECH
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedModel
 
 from dataset import collate
 from manifest import InputError, Manifest
 from model import SpeechLLM, SpeechLLMConfig
-from prompt import SPEECH
 
 NEW = {"max_new_tokens": 8}
 

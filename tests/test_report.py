@@ -12,8 +12,7 @@ import soundfile
 from conftest import ROOT, write_manifest
 
 from errors import InputError
-from report import main
-from score import METRICS, NORMALIZERS
+from score import METRICS, NORMALIZERS, main
 
 REFUSAL = "I apologize, but it appears that there is no speech to transcribe."
 LONG_CHINESE = "甚至出现交易几乎停滞的情况一二线城市虽然也处于调整中" * 2  # 52 characters

@@ -4,11 +4,11 @@ import pytest
 import torch
 from families import ENCODERS, LLMS
 from matrix import SMALL, records, try_out
+from trainable import LORA
 
 from dataset import collate
 from model import SpeechLLM
 from projectors import PROJECTORS
-from trainable import LORA
 
 
 @pytest.fixture(scope="module")

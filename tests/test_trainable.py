@@ -8,12 +8,12 @@ from conftest import TRAIN_FLAGS
 from families import ENCODERS, LLMS
 from matrix import SMALL, decode, losses, records
 from safetensors.torch import load_file
+from trainable import describe
 from transformers import AutoModelForCausalLM
 
 from dataset import collate
 from manifest import InputError
 from model import SpeechLLM
-from trainable import describe
 
 
 def build(world, llm="llm", **fields) -> SpeechLLM:

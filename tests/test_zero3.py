@@ -1,4 +1,4 @@
-"""What zero3.py promises: DeepSpeed ZeRO-3 trains what one process trains, and its checkpoints hold what was trained."""
+"""What zero3.py promises: ZeRO-3 trains what one process trains, and its checkpoints hold what was trained."""
 
 import inspect
 import json

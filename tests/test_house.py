@@ -1,0 +1,130 @@
+"""The house: how much a reader has to read, what imports what, and that every import is a requirement."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MODEL_FLAGS, ROOT
+
+PATH = ["errors", "manifest", "dataset", "model", "recognize", "train", "score", "hallucination"]  # what one reads
+LOADED = """
+import json, runpy, sys
+sys.argv = [sys.argv[2], *sys.argv[3:]]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    print("FILES", json.dumps(sorted(files | {sys.argv[0]})), file=sys.stderr)
+"""
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(node: ast.AST, inside_functions: bool = True) -> set[str]:
+    """Top-level names of the modules that a file imports at run time: at once, and, if asked, inside its functions."""
+    names = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            names.add(child.module.partition(".")[0])
+        elif isinstance(child, ast.FunctionDef) and not inside_functions:
+            continue
+        elif not is_type_checking(child):
+            names |= imports(child, inside_functions)
+    return names
+
+
+FILES = sorted(path.stem for path in ROOT.glob("*.py"))
+OPTIONS = [name for name in FILES if name not in PATH]
+
+
+@pytest.fixture(scope="module")
+def loaded(world, trained, tmp_path_factory) -> dict[str, list[str]]:
+    """Our files that the two commands load, each in a process of its own, as a user would run them."""
+    folder = tmp_path_factory.mktemp("reading")
+    training = f"{MODEL_FLAGS} --data_path corpus.jsonl --output_dir {folder}/run --use_cpu --max_steps 2"
+    decoding = f"--model_path trained --data_path corpus.jsonl --result_path {folder}/result.txt --max_new_tokens 4"
+    files = {}
+    for script, flags in (("train", f"{training} --report_to none"), ("recognize", decoding)):
+        command = [sys.executable, "-c", LOADED, "", str(ROOT / f"{script}.py"), *flags.split()]
+        done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        paths = map(Path, json.loads(re.search(r"^FILES (.*)$", done.stderr, re.MULTILINE)[1]))
+        files[script] = sorted({path.stem for path in paths if path.is_absolute() and path.resolve().parent == ROOT})
+    return files
+
+
+def test_training_and_decoding_load_the_eight_files_of_the_reading_path_and_no_option(loaded):
+    assert set(loaded["train"]) == set(PATH) - {"recognize", "score", "hallucination"}
+    assert set(loaded["recognize"]) == set(PATH) - {"train"}
+
+
+@pytest.mark.parametrize("script", ["train", "recognize"])
+def test_what_a_command_loads_is_read_in_an_hour(loaded, script):
+    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in loaded[script]}
+    assert sum(lines.values()) <= 2000, lines
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_gets_values_and_never_imports_what_uses_it(name):
+    assert not imports(parse(name)) & {"model", "recognize", "train"}
+
+
+def test_an_option_is_imported_where_its_flag_is_met():
+    for name in PATH:
+        assert not imports(parse(name), inside_functions=False) & set(OPTIONS), f"{name}.py loads an option at once"
+
+
+def test_imports_never_circle_inside_functions_either():
+    graph = {name: imports(parse(name)) & set(FILES) for name in FILES}
+    left = dict(graph)
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, f"these import each other: {left}"
+
+
+def test_the_root_never_imports_a_program():
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert {"demo", "tools", "recipes"} <= folders | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    for name in FILES:
+        assert not imports(parse(name)) & {"demo", "tools", "recipes", "tests"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_methods_are_written_in_their_class(name):
+    """Nothing becomes a method by assignment from another file."""
+    modules = imports(parse(name)) & set(FILES)
+    for part in ast.walk(parse(name)):
+        for line in part.body if isinstance(part, ast.ClassDef) else []:
+            values = ast.walk(line.value) if isinstance(line, ast.Assign) else []
+            assert not [v for v in values if isinstance(v, ast.Name) and v.id in modules], ast.unparse(line)
+
+
+def test_all_that_is_imported_stands_in_the_requirements():
+    packages = {"yaml": "pyyaml", "whisper": "openai-whisper"}
+    text = (ROOT / "requirements.txt").read_text()
+    required = {re.split(r"[=<>!~; ]", line)[0].lower() for line in text.splitlines() if line and line[0].isalpha()}
+    optional = {"bitsandbytes"}  # its error says how to install it
+    for name in FILES:
+        foreign = imports(parse(name)) - set(FILES) - set(sys.stdlib_module_names) - optional
+        missing = {packages.get(module, module.replace("_", "-")) for module in foreign} - {
+            package.replace("_", "-") for package in required
+        }
+        assert not missing, f"{name}.py imports {missing}"
+
+
+def test_minor_versions_are_pinned_where_private_hooks_are_used():
+    text = (ROOT / "requirements.txt").read_text()
+    for package in ("transformers", "deepspeed"):
+        assert re.search(rf"^{package}>=[\d.]+,<\d+\.\d+\b", text, re.MULTILINE), package

@@ -1,0 +1,90 @@
+"""What sources.py promises: records in memory, of a folder, or of another project's manifest, as if of a manifest."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import SAMPLE_RATE, noise, write_manifest
+
+from dataset import open_records
+from errors import InputError
+from manifest import clips_of, key_of, transcript_of
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """a.flac with its transcript, below/b.wav without, and a file of another kind."""
+    (tmp_path / "below").mkdir()
+    soundfile.write(tmp_path / "a.flac", noise(1), SAMPLE_RATE)
+    soundfile.write(tmp_path / "below" / "b.wav", noise(2), SAMPLE_RATE)
+    (tmp_path / "a.txt").write_text("hello\n  wörld \n", encoding="utf-8")
+    (tmp_path / "notes.md").touch()
+    return tmp_path
+
+
+def test_a_folder_has_a_record_for_each_audio_file_with_the_text_beside_it(folder):
+    records = open_records(f"folder:{folder}", needs_text=False)
+    assert [key_of(record) for record in records] == ["a", "b"]
+    assert [transcript_of(record) for record in records] == ["hello wörld", None]
+    assert [clips_of(record)[0].audio for record in records] == [folder / "a.flac", folder / "below" / "b.wav"]
+    assert records[0]["where"] == str(folder / "a.flac")
+    assert np.isnan(records.durations).all()
+
+
+def test_a_folder_to_train_on_needs_the_text_of_every_file(folder):
+    with pytest.raises(InputError, match=r"^\S*below/b\.wav: missing \['txt'\]"):
+        open_records(f"folder:{folder}")
+
+
+@pytest.mark.parametrize("place", ["empty", "nowhere"])
+def test_a_folder_without_audio_is_an_error(tmp_path, place):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=rf"^folder:{tmp_path / place}: wanted a folder with \.wav"):
+        open_records(f"folder:{tmp_path / place}")
+
+
+def test_the_lines_of_a_nemo_manifest_are_records_with_segments(tmp_path):
+    rows = [
+        {"audio_filepath": "wavs/a.wav", "text": "hello", "duration": 2.5},
+        {"audio_filepath": "/data/b.wav", "text": "line\u2028separator", "duration": 2, "offset": 1.5},
+    ]
+    records = open_records(f"nemo:{write_manifest(tmp_path / 'nemo.json', rows)}")
+    assert [transcript_of(record) for record in records] == ["hello", "line\u2028separator"]
+    assert [tuple(clips_of(record)[0]) for record in records] == [
+        (tmp_path / "wavs/a.wav", 0, None),
+        (Path("/data/b.wav"), 1.5, 3.5),
+    ]
+    assert records.durations.tolist() == [2.5, 2]
+    assert records[1]["where"] == f"{tmp_path / 'nemo.json'}:2"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "wanted a JSON object with 'audio_filepath'"),
+        ('{"text": "hello"}', "'audio_filepath'.*wanted a JSON object with 'audio_filepath'"),
+        ("5", "wanted a JSON object with 'audio_filepath'"),
+        ('{"audio_filepath": "a.wav"}', r"missing \['txt'\]"),
+        ('{"audio_filepath": "a.wav", "text": "hello", "duration": "long"}', "'duration' is \"long\"; wanted seconds"),
+        ('{"audio_filepath": "a.wav", "text": "hello", "duration": "long", "offset": 1}', "'duration' is \"long\""),
+    ],
+)
+def test_a_bad_line_of_a_nemo_manifest_is_reported_with_its_number(tmp_path, line, told):
+    path = tmp_path / "nemo.json"
+    path.write_text(json.dumps({"audio_filepath": "a.wav", "text": "hello"}) + f"\n{line}\n")
+    with pytest.raises(InputError, match=f"^{path}:2: .*{told}"):
+        open_records(f"nemo:{path}")
+
+
+def test_a_nemo_manifest_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=rf"^nemo:{tmp_path}/nowhere\.json: no such file"):
+        open_records(f"nemo:{tmp_path}/nowhere.json")
+
+
+def test_an_unknown_kind_is_told_the_known_ones():
+    with pytest.raises(
+        InputError, match=r"^kaldi:data/train: no such file, and no source 'kaldi'; wanted one of folder"
+    ):
+        open_records("kaldi:data/train")
