@@ -167,8 +167,7 @@ def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[lis
 
 def speech_ids(count: int, boundary_tokens: bool) -> list[int]:
     """Placeholders of a clip's speech embeddings in input_ids."""
-    speech = [SPEECH] * count
-    return [BOUNDARY[0], *speech, BOUNDARY[1]] if boundary_tokens else speech
+    return [BOUNDARY[0], *[SPEECH] * count, BOUNDARY[1]] if boundary_tokens else [SPEECH] * count
 
 
 # Examples
@@ -256,6 +255,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         clips = [load_audio(*clip) for clip in clips_of(record)]
         if not clips:
             raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
+        seconds = sum(map(len, clips)) / SAMPLE_RATE  # the record may have stated fewer
+        if seconds > (self.max_seconds or np.inf) + 0.01:
+            raise BadUtterance(f"{seconds:.2f} s of audio, over --max_seconds {self.max_seconds:g}")
         return clips
 
     def render(self, record: dict, clips: list[np.ndarray], check_length: bool = True) -> dict:

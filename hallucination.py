@@ -10,7 +10,6 @@ loop      The same words over and over (characters in Chinese, Japanese and Thai
           reference. Radford et al. 2022, arXiv:2212.04356, section 4.5; Barański et al. 2025, arXiv:2501.11378.
 too long  More text than anyone could say in the time, while the reference fits. The limits are more than twice the mean
           rates of read speech, 5.2 to 7.8 syllables a second: Pellegrino et al. 2011, Language 87(3).
-
 Fluent text that was never spoken (Koenecke et al. 2024, arXiv:2402.08021) is none of these: it stays in both.
 """
 

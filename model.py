@@ -785,7 +785,7 @@ def misfits(shapes: dict[str, tuple], wanted: dict[str, tuple]) -> str:
     """What is wrong with the tensors of a file, the first twelve."""
     wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
     texts = [f"{n} is {shapes.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong[:12]]
-    texts += [f"and {len(wrong) - 12} more"] if len(wrong) > 12 else []
+    texts += [f"and {len(wrong) - 12} more"] * (len(wrong) > 12)
     return "; ".join([UNGATHERED] * any(0 in shapes.get(name, ()) for name in wrong) + texts)
 
 

@@ -25,11 +25,6 @@ from score import score
 if TYPE_CHECKING:
     from model import SpeechLLM  # imported where it is used, so that --help and wrong input are quick
 
-# Flags that replace what the checkpoint's config.json says.
-OVERRIDES = (
-    "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize frozen_dtype".split()
-)
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
@@ -76,7 +71,8 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA GPU here")
-    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name)}
+    names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize frozen_dtype"
+    overrides = {name: getattr(args, name) for name in names.split() if getattr(args, name)}
     path = args.projector_model_path or args.model_path
     model = SpeechLLM.from_pretrained(path, args.revision, device, **overrides)
     if args.merge_lora:

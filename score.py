@@ -88,9 +88,8 @@ class Score:
 
     def summary(self) -> str:
         """`WER 7.62 / 6.29, 12 of 2,620 lines left out`: per cent of all lines / without these."""
-        rates = f"{100 * self.all.rate:.2f} / {100 * self.filtered.rate:.2f}"
         left_out = f"{len(self.hallucinated):,} of {len(self.lines):,} lines left out"
-        return f"{self.metric.upper()} {rates}, {left_out}"
+        return f"{self.metric.upper()} {100 * self.all.rate:.2f} / {100 * self.filtered.rate:.2f}, {left_out}"
 
 
 def score(

@@ -77,6 +77,9 @@ class Fork:
     def hypotheses(self) -> list[str]:
         return [json.loads(line)["pred"] for line in (self.folder / "result.jsonl").read_text().splitlines()]
 
+    def problems(self) -> list[str | None]:
+        return [json.loads(line)["problem"] for line in (self.folder / "result.jsonl").read_text().splitlines()]
+
     def losses(self) -> list[float]:
         return [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", (self.folder / "log.txt").read_text())]
 
@@ -191,14 +194,14 @@ def test_a_new_decoding_option(fork):
     fork.insert_before(
         "manifest.py",
         "    length_penalty: float =",
-        '    no_repeat_ngram_size: int = field(default=0, metadata={"help": "n-grams of this size come once"})\n',
+        '    min_new_tokens: int = field(default=0, metadata={"help": "least tokens of a transcript", "least": 0})\n',
     )
-    fork.train_and_decode(decode_flags="--no_repeat_ngram_size 1")
-    without_repetition = fork.hypotheses()
+    fork.train_and_decode(decode_flags="--min_new_tokens 6")
+    assert all("no end within 6 new tokens" in problem for problem in fork.problems())
     run, result = fork.folder / "run", fork.folder / "result.jsonl"
     result.unlink()
     fork.run(("recognize", f"--model_path {run} {DECODE} --result_path {result}"))
-    assert fork.hypotheses() != without_repetition
+    assert None in fork.problems()
 
 
 def test_length_penalty_was_such_an_option_and_stays(original):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import soundfile
 import soxr
 from conftest import MODEL_FLAGS, ROOT, make_llm, write_manifest
 
+import recognize
+import score
+from errors import InputError
 from model import SpeechLLM
 
 SEARCH = "--num_beams 2 --max_new_tokens 12"
@@ -27,17 +31,14 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def decoded(world, trained, launch):
-    """The finished command, with its result file in `world`."""
-    job = launch("recognize.py", f"{DECODE} --batch_size 5 --result_path decoded.txt").wait()
-    assert job.status == 0, job.err
-    return job
+def decoded(trained, call):
+    """What the finished command printed; its result file is in `world`."""
+    return call(recognize.main, f"{DECODE} --batch_size 5 --result_path decoded.txt")
 
 
 @pytest.fixture(scope="session")
-def recogniser(world, trained) -> SpeechLLM:
-    given = {"llm_model_name_or_path": "chinese_llm", "encoder_name_or_path": "whisper.pt"}
-    return SpeechLLM.from_pretrained(trained, **{name: str(world / path) for name, path in given.items()})
+def recogniser(trained) -> SpeechLLM:
+    return SpeechLLM.from_pretrained(trained)
 
 
 def transcribe(model: SpeechLLM, audio) -> str:
@@ -55,22 +56,20 @@ def test_chinese_is_written_as_utf8(decoded, world):
     assert any("\u4e00" <= letter <= "\u9fff" for letter in "".join(lines(world / "decoded.txt")))
 
 
-def test_the_published_command_gives_the_result_of_model_path(decoded, world, launch):
+def test_the_published_command_gives_the_result_of_model_path(decoded, world, call):
     weights = "--projector_model_path trained/checkpoint-10/model.safetensors"
     flags = f"--data_path corpus.jsonl --result_path published.txt {SEARCH} --batch_size 5 --llm_type qwen2"
-    job = launch("recognize.py", f"{MODEL_FLAGS} {weights} {flags}").wait()
-    assert job.status == 0, job.err
+    call(recognize.main, f"{MODEL_FLAGS} {weights} {flags}")
     assert lines(world / "published.txt") == lines(world / "decoded.txt")
 
 
-def test_a_jsonl_result_holds_key_reference_and_prediction(decoded, world, launch):
+def test_a_jsonl_result_holds_key_reference_and_prediction(decoded, world, call):
     """Batches of one, on the way: the same texts as batches of five."""
     rows = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
     rows[4] |= {"key": "第五", "txt": "你好"}
     write_manifest(world / "keyed.jsonl", rows)
     flags = DECODE.replace("corpus", "keyed")
-    job = launch("recognize.py", f"{flags} --batch_size 1 --result_path keyed_result.jsonl").wait()
-    assert job.status == 0, job.err
+    call(recognize.main, f"{flags} --batch_size 1 --result_path keyed_result.jsonl")
     written = lines(world / "keyed_result.jsonl")
     assert "第五" in written[4] and "你好" in written[4]  # as letters, not as escapes
     for number, (text, row) in enumerate(zip(lines(world / "decoded.txt"), map(json.loads, written), strict=True)):
@@ -89,24 +88,31 @@ def test_two_processes_under_torchrun_write_the_same_file(decoded, world):
     assert not list(world.glob("two.txt.*"))
 
 
-def test_the_score_is_printed_if_there_are_references(decoded, world, launch):
+def test_the_score_is_printed_if_there_are_references(decoded, world, call, capsys):
     assert re.search(r"^WER \d+\.\d\d / ", decoded.out, re.MULTILINE)
-    again = launch("score.py", "--data_path corpus.jsonl --result_path decoded.txt").wait()
-    assert again.out.splitlines()[0] in decoded.out
+    score.main(["--data_path", str(world / "corpus.jsonl"), "--result_path", str(world / "decoded.txt")])
+    assert capsys.readouterr().out.splitlines()[0] in decoded.out
     rows = [json.loads(line) for line in (world / "corpus.jsonl").read_text().splitlines()]
-    silent = [{"wav": row["wav"]} for row in rows[:6]]
-    write_manifest(world / "untold.jsonl", silent)
-    job = launch("recognize.py", f"{DECODE} --data_path untold.jsonl --result_path untold.txt").wait()
-    assert job.status == 0, job.err
-    assert "WER" not in job.out and "CER" not in job.out
+    write_manifest(world / "untold.jsonl", [{"wav": row["wav"]} for row in rows[:6]])
+    screen = call(recognize.main, f"{DECODE} --data_path untold.jsonl --result_path untold.txt")
+    assert "WER" not in screen.out and "CER" not in screen.out
     assert lines(world / "untold.txt") == lines(world / "decoded.txt")[:6]
+
+
+def test_the_length_penalty_reaches_the_search(decoded, world, call, tmp_path):
+    flags = "--num_beams 4 --max_new_tokens 40 --batch_size 10"
+    texts = []
+    for penalty in (-9, 1, 9):
+        call(recognize.main, f"{DECODE} {flags} --length_penalty {penalty} --result_path {tmp_path}/{penalty}.txt")
+        texts.append("".join(lines(tmp_path / f"{penalty}.txt")))
+    assert len(texts[0]) < len(texts[1]) < len(texts[2])
 
 
 # Going on after a kill.
 
 
-def journal_rows(result: Path) -> int:
-    """Whole rows in the journals beside a result file; the first line of each is its head."""
+def num_finished(result: Path) -> int:
+    """Hypotheses in the unfinished files beside a result file; the first line of each is its key."""
     return sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in result.parent.glob(f"{result.name}.partial-*"))
 
 
@@ -120,75 +126,72 @@ def killed(world, trained, launch, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def left(killed, tmp_path) -> Path:
+def unfinished(killed, tmp_path) -> Path:
     """A copy of that, to go on from: the path of the result file that is not there yet."""
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     return tmp_path / "result.txt"
 
 
-def test_the_same_command_goes_on_after_a_kill_and_decodes_only_the_rest(left, world, decoded, launch):
-    journal = left.with_name("result.txt.partial-0")
-    head, first, *rest = journal.read_text().splitlines()
+def test_the_same_command_goes_on_after_a_kill_and_decodes_only_the_rest(unfinished, world, decoded, launch):
+    path = unfinished.with_name("result.txt.partial-0")
+    key, first, *rest = path.read_text().splitlines()
     row = json.loads(first)
-    first = json.dumps(row | {"pred": "not decoded again"})
-    journal.write_text("\n".join([head, first, *rest]) + "\n")
-    count = journal_rows(left)
-    job = launch("recognize.py", f"{DECODE} --batch_size 5 --result_path {left}").wait()
+    path.write_text("\n".join([key, json.dumps(row | {"text": "not decoded again"}), *rest]) + "\n")
+    count = num_finished(unfinished)
+    job = launch("recognize.py", f"{DECODE} --batch_size 5 --result_path {unfinished}").wait()
     assert job.status == 0, job.err
     assert f"going on: {count} of 20 utterances" in job.err
     wanted = lines(world / "decoded.txt")
     wanted[row["index"]] = "not decoded again"
-    assert lines(left) == wanted
-    assert [path.name for path in left.parent.iterdir()] == ["result.txt"]
+    assert lines(unfinished) == wanted
+    assert [path.name for path in unfinished.parent.iterdir()] == ["result.txt"]
 
 
-def test_a_line_torn_by_the_kill_is_decoded_again(left, world, decoded, launch):
+def test_a_line_torn_by_the_kill_is_decoded_again(unfinished, world, decoded, call):
     """Torn in the middle of a Chinese character."""
-    journal = left.with_name("result.txt.partial-0")
-    count = journal_rows(left)
-    with open(journal, "ab") as file:
-        file.write('{"index": 0, "pred": "好'.encode()[:-1])
-    job = launch("recognize.py", f"{DECODE} --batch_size 5 --result_path {left}").wait()
-    assert job.status == 0, job.err
-    assert f"going on: {count} of 20 utterances" in job.err
-    assert lines(left) == lines(world / "decoded.txt")
+    count = num_finished(unfinished)
+    with open(unfinished.with_name("result.txt.partial-0"), "ab") as file:
+        file.write('{"index": 0, "text": "好'.encode()[:-1])
+    screen = call(recognize.main, f"{DECODE} --batch_size 5 --result_path {unfinished}")
+    assert f"going on: {count} of 20 utterances" in screen.err
+    assert lines(unfinished) == lines(world / "decoded.txt")
 
 
-def test_two_processes_killed_are_gone_on_from_by_one(world, trained, decoded, launch, tmp_path):
+def test_two_processes_killed_are_gone_on_from_by_one(world, trained, decoded, call, launch, tmp_path):
     result = tmp_path / "result.txt"
     launch("recognize.py", f"{DECODE} --batch_size 1 --result_path {result}", processes=2, die_at=3).died()
-    job = launch("recognize.py", f"{DECODE} --batch_size 5 --result_path {result}").wait()
-    assert job.status == 0, job.err
-    assert "going on: " in job.err
+    assert "going on: " in call(recognize.main, f"{DECODE} --batch_size 5 --result_path {result}").err
     assert lines(result) == lines(world / "decoded.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["result.txt"]
 
 
-@pytest.mark.parametrize("changed", ["model", "manifest", "num_beams", "prompt"])
-def test_what_another_run_has_left_is_not_mixed_in(changed, left, world, decoded, launch):
+CHANGES = {
+    "model": "--model_path trained/checkpoint-5",
+    "manifest": "--data_path fewer.jsonl",
+    "num_beams": "--num_beams 1",
+    "length_penalty": "--length_penalty 2",
+    "prompt": "--prompt '<audio> What was said?'",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_another_run_has_left_is_not_mixed_in(change, unfinished, world, decoded, call):
     (world / "fewer.jsonl").write_text("".join((world / "corpus.jsonl").read_text().splitlines(keepends=True)[:7]))
-    flags = {
-        "model": "--model_path trained/checkpoint-5",
-        "manifest": "--data_path fewer.jsonl",
-        "num_beams": "--num_beams 1",
-        "prompt": "--prompt '<audio> What was said?'",
-    }[changed]
     outputs = []
-    for result in (left, left.with_name("fresh.txt")):
-        job = launch("recognize.py", f"{DECODE} {flags} --batch_size 5 --result_path {result}").wait()
-        assert job.status == 0, job.err
-        assert "going on" not in job.err
-        assert ("starting over" in job.err) == (result == left)
+    for result in (unfinished, unfinished.with_name("fresh.txt")):
+        screen = call(recognize.main, f"{DECODE} {CHANGES[change]} --batch_size 5 --result_path {result}")
+        assert "going on" not in screen.err
+        assert ("starting over" in screen.err) == (result == unfinished)
         outputs.append(lines(result))
     assert outputs[0] == outputs[1]
-    if changed == "manifest":
+    if change == "manifest":
         assert outputs[0] == lines(world / "decoded.txt")[:7]
 
 
 # Bad clips, other formats, single files.
 
 
-def test_a_bad_clip_keeps_its_empty_line_and_is_reported(world, decoded, launch, tmp_path):
+def test_a_bad_clip_keeps_its_empty_line_and_is_reported(world, decoded, call, tmp_path):
     samples, rate = soundfile.read(world / "clip0.wav", dtype="float32")
     (tmp_path / "corrupt.wav").write_bytes(b"RIFF and no more")
     soundfile.write(tmp_path / "short.wav", samples[:160], rate)
@@ -197,23 +200,20 @@ def test_a_bad_clip_keeps_its_empty_line_and_is_reported(world, decoded, launch,
     rows = []
     for number, name in enumerate(reasons):
         rows += [{"wav": str(world / f"clip{number}.wav"), "txt": "hello"}, {"wav": f"{name}.wav"}]
-    write_manifest(tmp_path / "mixed.jsonl", rows)
-    flags = f"--model_path trained {SEARCH} --num_workers 1"
-    job = launch(
-        "recognize.py", f"{flags} --data_path {tmp_path}/mixed.jsonl --result_path {tmp_path}/result.txt"
-    ).wait()
-    assert job.status == 0, job.err
+    manifest = write_manifest(tmp_path / "mixed.jsonl", rows)
+    flags = f"--model_path trained {SEARCH} --num_workers 1 --data_path {manifest}"
+    screen = call(recognize.main, f"{flags} --result_path {tmp_path}/result.txt")
     written = lines(tmp_path / "result.txt")
     assert written[::2] == lines(world / "decoded.txt")[:4]
     assert written[1::2] == [""] * 4
-    for number, (name, reason) in enumerate(reasons.items()):
-        (told,) = [line for line in job.err.splitlines() if f"{name}.wav" in line or f"line {2 * number + 2}:" in line]
-        assert reason in told and f"line {2 * number + 2}:" in told
-    assert re.search(r"^WER ", job.out, re.MULTILINE)  # of the four lines that have a reference
-    assert re.search(r"4 lines", job.out), job.out
+    for number, reason in enumerate(reasons.values()):
+        (told,) = [line for line in screen.err.splitlines() if line.startswith(f"{manifest}:{2 * number + 2}: ")]
+        assert reason in told
+    assert re.search(r"^WER .* of 4 lines left out$", screen.out, re.MULTILINE)
+    assert "not scored: 4 lines without a reference" in screen.out
 
 
-def test_audio_files_give_one_transcript_a_line_in_the_order_given(world, trained, recogniser, launch, tmp_path):
+def test_audio_files_give_one_transcript_a_line_in_their_order(world, trained, recogniser, call, tmp_path):
     """wav, flac, a file that is not there, and a stereo mp3 at 44.1 kHz."""
     short, _ = soundfile.read(world / "clip3.wav", dtype="float32")
     soundfile.write(tmp_path / "b.flac", short, 16000)
@@ -224,25 +224,29 @@ def test_audio_files_give_one_transcript_a_line_in_the_order_given(world, traine
     assert (rate, stereo.shape[1]) == (44100, 2)
     mono = soxr.resample(stereo.mean(axis=1), 44100, 16000)
     files = f"clip5.wav {tmp_path}/b.flac nowhere.wav {tmp_path}/c.mp3 clip0.wav"
-    job = launch("recognize.py", f"{SEARCH} --model_path trained {files}").wait()
-    assert job.status == 0, job.err
-    wanted = [
-        transcribe(recogniser, audio) for audio in (str(world / "clip5.wav"), short, mono, str(world / "clip0.wav"))
-    ]
+    with pytest.warns(UserWarning, match=r"^audio 3: nowhere\.wav: no such file"):
+        screen = call(recognize.main, f"{SEARCH} --model_path trained {files}")
+    clips = [str(world / "clip5.wav"), short, mono, str(world / "clip0.wav")]
+    wanted = [transcribe(recogniser, audio) for audio in clips]
     assert wanted[2]
-    assert job.out.split("\n")[-6:-1] == [*wanted[:2], "", *wanted[2:]]
-    assert re.search(r"^warning: audio 3: nowhere\.wav: no such file", job.err, re.MULTILINE)
+    assert screen.out.split("\n")[:-1] == [*wanted[:2], "", *wanted[2:]]
 
 
-# Wrong input.
+# Wrong input
 
 
-def test_a_projector_of_another_width_is_told_with_both_widths(world, trained, launch, tmp_path):
+def error_of(call, flags: str) -> str:
+    """The one line that recognize.py says of wrong input."""
+    with pytest.raises(InputError) as error:
+        call(recognize.main, flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_projector_of_another_width_is_told_with_both_widths(trained, call, tmp_path):
     make_llm(tmp_path / "wide_llm", width=64)
-    flags = f"--model_path trained --llm_model_name_or_path {tmp_path}/wide_llm"
-    error = (
-        launch("recognize.py", f"{flags} --data_path corpus.jsonl --result_path {tmp_path}/r.txt").wait().the_error()
-    )
+    flags = f"--model_path trained --llm_model_name_or_path {tmp_path}/wide_llm --data_path corpus.jsonl"
+    error = error_of(call, f"{flags} --result_path {tmp_path}/r.txt")
     assert "trained/model.safetensors" in error
     assert re.search(r"\b48\b", error) and re.search(r"\b64\b", error)
 
@@ -255,12 +259,14 @@ def test_a_projector_of_another_width_is_told_with_both_widths(world, trained, l
         ("--model_path trained --data_path corpus.jsonl", "--result_path"),
         ("--model_path trained --data_path corpus.jsonl --result_path never.txt --beam 3", "--beam"),
         ("--model_path trained --data_path corpus.jsonl --result_path never.txt --num_beams many", "--num_beams"),
+        ("--model_path trained a.wav --batch_size 0", "--batch_size"),
     ],
 )
-def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, trained, launch):
-    job = launch("recognize.py", flags).wait()
-    assert job.status == 2
-    assert told in job.err.splitlines()[-1] and "Traceback" not in job.err
+def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, capsys):
+    with pytest.raises(SystemExit) as exit:
+        recognize.main(shlex.split(flags))
+    assert exit.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -271,8 +277,41 @@ def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, tr
         ("--model_path trained --llm_model_name_or_path no_llm", "no_llm"),
         ("--model_path trained --result_path nowhere/result.txt", "nowhere"),
         ("--model_path trained --result_path result.trn", "wanted the ending .txt or .jsonl"),
+        ("--model_path trained --num_beams 0", "--num_beams 0: wanted 1 or more"),
+        ("--model_path trained --prompt 'What was said?'", "<audio>"),
     ],
 )
-def test_paths_that_do_not_exist_are_one_line(flags, told, trained, launch):
+def test_wrong_paths_and_values_are_one_line(flags, told, trained, call):
     result = "" if "--result_path" in flags else "--result_path never.txt"
-    assert told in launch("recognize.py", f"--data_path corpus.jsonl {result} {flags}").wait().the_error()
+    assert told in error_of(call, f"--data_path corpus.jsonl {result} {flags}")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "broken.jsonl: no such manifest"),
+        ("", "broken.jsonl: the manifest is empty"),
+        ('{"wav": "a.wav"}\n{"wav": "b.wav", "txt": \n', "broken.jsonl:2: malformed JSON"),
+        ('{"wav": "a.wav"}\n{"txt": "b"}\n', "broken.jsonl:2: missing ['wav']"),
+        ('{"wav": "a.wav"}\n["b.wav", "b"]\n', "broken.jsonl:2: found "),
+    ],
+)
+def test_a_broken_manifest_is_told_with_file_and_line(text, told, tmp_path, call):
+    if text is not None:
+        (tmp_path / "broken.jsonl").write_text(text)
+    flags = f"--model_path trained --data_path {tmp_path}/broken.jsonl --result_path {tmp_path}/result.txt"
+    assert told in error_of(call, flags)
+
+
+def test_wrong_input_ends_the_command_with_exit_status_2(launch):
+    flags = "--model_path nowhere --data_path no.jsonl --result_path result.txt"
+    assert launch("recognize.py", flags).wait().the_error().startswith("error: no.jsonl: no such manifest")
+
+
+def test_help_names_the_flags(capsys):
+    with pytest.raises(SystemExit) as exit:
+        recognize.main(["--help"])
+    assert exit.value.code == 0
+    wanted = "model_path projector_model_path llm_model_name_or_path whisper_model_name_or_path data_path result_path "
+    wanted += "num_beams length_penalty batch_size max_new_tokens dtype device"
+    assert {f"--{flag}" for flag in wanted.split()} <= set(re.findall(r"--\w+", capsys.readouterr().out))

@@ -24,14 +24,14 @@ from model import SpeechLLM
 from train import compare_settings
 
 DEEPSPEED = f"--deepspeed {ROOT}/ds_config_zero3.json"
-# From https://github.com/wenet-e2e/west, with tiny models on two CPU processes and without --bf16.
+# From https://github.com/wenet-e2e/west, with tiny models on two CPU processes, without --bf16, for three epochs.
 PUBLISHED = f"""--standalone --nnodes=1 --nproc_per_node=2 {ROOT}/train.py
     --use_cpu
     --llm_model_name_or_path llm
     --whisper_model_name_or_path whisper.pt
     --data_path corpus.jsonl
     --output_dir published
-    --num_train_epochs 5
+    --num_train_epochs 3
     --per_device_train_batch_size 8
     --per_device_eval_batch_size 1
     --gradient_accumulation_steps 8
@@ -48,7 +48,7 @@ PUBLISHED = f"""--standalone --nnodes=1 --nproc_per_node=2 {ROOT}/train.py
     --report_to "none"
     --model_max_length 512
     --gradient_checkpointing
-    --dataloader_num_workers 4
+    --dataloader_num_workers 2
     --dataloader_prefetch_factor 10
     {DEEPSPEED}"""
 
@@ -61,11 +61,10 @@ def test_the_published_command_trains_under_torchrun_and_zero3(world):
     saved = weights(world / "published")
     assert saved.keys() == PROJECTOR
     assert saved["projector.linear1.weight"].shape == (2048, 32)
-    state = json.loads((world / "published/checkpoint-5/trainer_state.json").read_text())
-    assert state["global_step"] == 5  # 20 clips are one step of 2 x 8 x 8 an epoch
+    state = json.loads((world / "published/checkpoint-3/trainer_state.json").read_text())
+    assert state["global_step"] == 3  # 20 clips are one step of 2 x 8 x 8 an epoch
     learning_rates = [row["learning_rate"] for row in state["log_history"] if "loss" in row]
-    assert learning_rates[0] == 0  # one step of warm-up
-    assert learning_rates[1] == pytest.approx(3e-4) and learning_rates[-1] < 1e-4
+    assert learning_rates == pytest.approx([0, 3e-4, 1.5e-4])  # one step of warm-up, then half a cosine
 
 
 # Half the batch of `trained` on each of two processes
