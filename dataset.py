@@ -63,7 +63,7 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | 
         samples, audio = np.asarray(audio), "audio array"
         if not np.issubdtype(samples.dtype, np.floating):
             raise BadUtterance(f"{audio}: samples of type {samples.dtype}; wanted floats between -1 and 1")
-        samples = samples.astype(np.float32, copy=False)
+        samples = samples.astype(np.float32, copy=False)  # (S,)
     if samples.ndim != 1 or not samples.size:
         raise BadUtterance(f"{audio}: the audio is empty, or of shape {samples.shape} where (S,) is wanted")
     if not np.isfinite(samples).all():
@@ -74,8 +74,8 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | 
 def read_samples(clip: Clip) -> np.ndarray:
     """Samples (S,) of a clip of a file, mono, 16 kHz."""
     with open_audio(clip) as file:
-        rate, first = file.samplerate, round(clip.start * file.samplerate)
-        last = file.frames if clip.end is None else round(clip.end * rate)
+        rate, first = file.samplerate, round(clip.start * file.samplerate)  # Hz, and a frame of the file
+        last = file.frames if clip.end is None else round(clip.end * rate)  # one behind the last frame
         if not 0 <= first < max(last, 1) <= file.frames + 0.1 * rate:  # rounded ends may lie a little outside
             raise BadUtterance(f"{clip.audio}: segment {clip.start} to {clip.end} s of {file.frames / rate:.2f} s")
         if first:  # some formats cannot seek
@@ -86,7 +86,7 @@ def read_samples(clip: Clip) -> np.ndarray:
 
 def audio_seconds(record: dict) -> float:
     """Seconds of audio in a record, from the headers of its files. Raises BadUtterance if one cannot be read."""
-    total = 0.0
+    total = 0.0  # seconds
     for clip in clips_of(record):
         if not isinstance(clip.audio, Path):
             total += len(clip.audio) / SAMPLE_RATE
@@ -120,7 +120,7 @@ def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
 def set_chat_template(tokenizer, template: str | None) -> None:
     """Give the tokenizer a template in place of its own. A base LLM has none: it gets a plain one, and a warning."""
     if template:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = template  # from --chat_template
     elif tokenizer.chat_template is None:
         warnings.warn(f"{tokenizer.name_or_path}: no chat template; taking a plain one, 'user: ...'", stacklevel=2)
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -154,11 +154,11 @@ def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[lis
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    messages = json.loads(turns)
+    messages = json.loads(turns)  # role and content
     pieces = [tokenize(text) for text in render(messages, add_generation_prompt=True).split(AUDIO)]
-    answer = "Seven."
+    answer = "Seven."  # stands in no template, so that its place can be found
     _, shows_answer, after = render([*messages, {"role": "assistant", "content": answer}]).rpartition(answer)
-    special = [token for token in tokenize(after) if token in tokenizer.added_tokens_decoder]
+    special = [token for token in tokenize(after) if token in tokenizer.added_tokens_decoder]  # no plain text
     end_id = special[0] if shows_answer and special else tokenizer.eos_token_id
     if end_id is None:
         raise InputError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer has an end token")
@@ -207,12 +207,12 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
         if self.on_bad == "skip" and len(self.bad) == len(self.records):
             raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
-        left_out = self.bad if self.on_bad == "skip" else {}
+        left_out = self.bad if self.on_bad == "skip" else {}  # "keep" leaves nothing out
         self.indices = np.array([index for index in range(len(self.records)) if index not in left_out])
 
     def measure(self) -> tuple[np.ndarray, dict[int, str]]:
         """Seconds of every record, from headers where it does not state them; and what is wrong, by index."""
-        durations, bad = np.array(self.records.durations, dtype=float), {}
+        durations, bad = np.array(self.records.durations, dtype=float), {}  # a copy
 
         def read_headers(indices: np.ndarray) -> None:
             for index in indices.tolist():
@@ -227,14 +227,14 @@ class SpeechDataset(torch.utils.data.Dataset):
         for index in np.flatnonzero(durations > (self.max_seconds or np.inf) + 0.01).tolist():
             reason = f"{durations[index]:.2f} s of audio, over --max_seconds {self.max_seconds:g}"
             bad[index] = f"{self.records[index]['where']}: {reason}"
-        return np.nan_to_num(durations), bad
+        return np.nan_to_num(durations), bad  # what cannot be read lasts 0 s
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int | tuple[int, int]) -> dict:
-        epoch, position = position if isinstance(position, tuple) else (0, position)
-        index = int(self.indices[position])
+        epoch, position = position if isinstance(position, tuple) else (0, position)  # LengthSampler's tuples
+        index = int(self.indices[position])  # of the record; left-out records have no position
         record, reason = self.records[index], self.bad.get(index)
         if reason is None:
             try:
@@ -252,7 +252,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def load(self, record: dict) -> list[np.ndarray]:
         """Samples (S,) of each clip of a record. Raises BadUtterance."""
-        clips = [load_audio(*clip) for clip in clips_of(record)]
+        clips = [load_audio(*clip) for clip in clips_of(record)]  # (S,) each
         if not clips:
             raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
         seconds = sum(map(len, clips)) / SAMPLE_RATE  # the record may have stated fewer
@@ -262,22 +262,22 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def render(self, record: dict, clips: list[np.ndarray], check_length: bool = True) -> dict:
         """Features and token ids of a record and the samples of its clips. Raises BadUtterance."""
-        features = [self.windows(samples) for samples in clips]
-        counts = [sum(int(self.embedding_counts[len(window)]) for window in windows) for windows in features]
+        features = [self.windows(samples) for samples in clips]  # windows (F, M) of each clip
+        counts = [sum(int(self.embedding_counts[len(window)]) for window in windows) for windows in features]  # N
         if 0 in counts:
             seconds = len(clips[counts.index(0)]) / SAMPLE_RATE
             raise BadUtterance(f"{seconds:.3f} s of audio are too short for a single speech embedding")
 
-        transcript = transcript_of(record)
+        transcript = transcript_of(record)  # None in decoding, perhaps
         prompt = record.get("prompt", self.prompt)
         if "messages" in record:  # whose last turn, if the assistant's, is the transcript
             prompt = record["messages"] if transcript is None else record["messages"][:-1]
         pieces, end_id = render_prompt(self.tokenizer, prompt, self.system_prompt)
         if len(pieces) != len(counts) + 1:
             raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
-        prompt_ids = list(pieces[0])
+        prompt_ids = list(pieces[0])  # up to the first clip
         for count, piece in zip(counts, pieces[1:], strict=True):
-            prompt_ids += speech_ids(count, self.boundary_tokens) + piece
+            prompt_ids += speech_ids(count, self.boundary_tokens) + piece  # a clip, and the text behind it
 
         target_ids = []
         if transcript is not None and self.with_targets:
@@ -289,7 +289,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:
         """Features (F, M) of a clip (S,); over 30 s, of its equal windows of at most 30 s."""
-        windows = np.array_split(samples, -(-len(samples) // WINDOW))
+        windows = np.array_split(samples, -(-len(samples) // WINDOW))  # equal ones, as few as will do
         if self.pad_to_30s:
             windows = [np.pad(window, (0, WINDOW - len(window))) for window in windows]
         return [self.extract(window) if len(window) >= SHORTEST else torch.zeros(0) for window in windows]
@@ -308,13 +308,13 @@ def collate(examples: list[dict], with_targets: bool = True) -> dict:
     """
     targets = [example["target_ids"] if with_targets else [] for example in examples]
     ids = [example["prompt_ids"] + target for example, target in zip(examples, targets, strict=True)]
-    features = [window for example in examples for window in example["features"]]
+    features = [window for example in examples for window in example["features"]]  # A windows, clip by clip
     return {
         "input_ids": pad_left(ids, 0),
-        "attention_mask": pad_left([[1] * len(row) for row in ids], 0),
+        "attention_mask": pad_left([[1] * len(row) for row in ids], 0),  # (B, L), 0 = padding
         "labels": pad_left(targets, IGNORE),  # from lengths, never from ids: many LLMs pad with their end token
         "input_values" if features[0].ndim == 1 else "input_features": pad_sequence(features, batch_first=True),
-        "feature_lengths": torch.tensor([len(window) for window in features]),
+        "feature_lengths": torch.tensor([len(window) for window in features]),  # (A,)
         "index": [example["index"] for example in examples],
         "bad": [example["bad"] for example in examples],
     }

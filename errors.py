@@ -80,7 +80,7 @@ def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = ()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers' own tables of weights; what matters in them is told below
     try:
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, in one line
         model, info = model_class.from_pretrained(name, **options)
     finally:
         logging.set_verbosity(verbosity)

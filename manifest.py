@@ -69,7 +69,7 @@ class Manifest(Sequence):
 
     def seconds_of_present(self, records: list[dict]) -> list[float]:
         """Stated seconds of records, NaN where the audio file is missing."""
-        folder, seconds = str(self.path.parent), []
+        folder, seconds = str(self.path.parent), []  # paths are relative to the manifest
         for record in records:
             is_present = "wav" not in record or os.path.exists(os.path.join(folder, record["wav"]))
             seconds.append(stated_seconds(record) if is_present else np.nan)
@@ -82,7 +82,7 @@ class Manifest(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
+            file.seek(self.offsets[index])  # where the line begins
             record = json.loads(file.readline().removeprefix(BYTE_ORDER_MARK))
         return without_nulls(record) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
 

@@ -102,13 +102,13 @@ class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
         return {name: kind for part in classes for name, kind in inspect.get_annotations(part).items()}
 
     def __post_init__(self, **kwargs):
-        types = self.own_fields()
+        types = self.own_fields()  # name -> type
         for name in kwargs.keys() - {"model_type", "name_or_path", "_commit_hash"}:
             hint = nearest(name, list(types)) or f"; wanted one of {sorted(types)}"
             raise InputError(f"config: unknown field {name!r}{hint}")
         for name, kind in types.items():
             if kind is float and type(getattr(self, name)) is int:
-                setattr(self, name, float(getattr(self, name)))
+                setattr(self, name, float(getattr(self, name)))  # an int is a float here
             try:
                 type_validator(name, getattr(self, name), kind)
             except TypeError as error:
@@ -159,7 +159,7 @@ class WhisperEncoder(nn.Module):
         super().__init__()
         self.model, self.feature_extractor = model, feature_extractor
         self.extract = partial(log_mel, feature_extractor)  # goes to loader processes, without the weights
-        self.output_size = model.config.d_model
+        self.output_size = model.config.d_model  # D
         self.has_final_norm = model.config.to_dict().get("has_final_norm", True)
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ class WhisperEncoder(nn.Module):
         x = x * length_mask(lengths, x.shape[2]).unsqueeze(1)  # or conv1's bias would leak from the padding into conv2
         x = F.gelu(model.conv2(x)).transpose(1, 2)  # (A, T, D)
         assert x.shape[1] <= model.config.max_source_positions, f"{x.shape[1]} frames; Whisper's positions end at 30 s"
-        x = x + model.embed_positions(torch.arange(x.shape[1], device=x.device))
+        x = x + model.embed_positions(torch.arange(x.shape[1], device=x.device))  # sines, (T, D)
         mask = length_mask(self.output_lengths(lengths), x.shape[1])[:, None, None]  # (A, 1, 1, T)
         for layer in model.layers:
-            x = layer(x, mask)
+            x = layer(x, mask)  # (A, T, D)
         return model.layer_norm(x) if self.has_final_norm else x
 
     def output_lengths(self, lengths: Tensor | int) -> Tensor | int:
@@ -190,7 +190,7 @@ class WhisperEncoder(nn.Module):
 def log_mel(feature_extractor: WhisperFeatureExtractor, samples: np.ndarray) -> Tensor:
     """Samples (S,) -> Whisper's log-mel features (F, M), a frame every 10 ms, without padding to 30 s."""
     options = {"padding": "longest", "truncation": False, "return_tensors": "pt", "sampling_rate": SAMPLE_RATE}
-    return feature_extractor(samples, **options).input_features[0].T
+    return feature_extractor(samples, **options).input_features[0].T  # (M, F) -> (F, M)
 
 
 def load_encoder(
@@ -217,15 +217,15 @@ def load_encoder(
                 encoder = encoders.load(name, revision, layer, dtype)
             else:
                 encoder = WhisperEncoder(*encoders.load_whisper_parts(name, revision, layer, dtype))
-    return encoder.requires_grad_(False).eval()
+    return encoder.requires_grad_(False).eval()  # apply_freezing decides what of it is trained after all
 
 
 def load_openai_whisper(name_or_path: str, layer: int | None, dtype: torch.dtype | None) -> WhisperEncoder:
     """The encoder of an openai-whisper model, in the layers of transformers."""
-    import whisper
+    import whisper  # here, because it takes half a second
 
     model = whisper.load_model(name_or_path, device="cpu")
-    dims = model.dims
+    dims = model.dims  # openai-whisper's names of the sizes
     sizes = {"d_model": dims.n_audio_state, "encoder_ffn_dim": 4 * dims.n_audio_state}
     sizes |= {"encoder_layers": dims.n_audio_layer, "encoder_attention_heads": dims.n_audio_head}
     config = transformers.WhisperConfig(num_mel_bins=dims.n_mels, max_source_positions=dims.n_audio_ctx, **sizes)
@@ -234,10 +234,10 @@ def load_openai_whisper(name_or_path: str, layer: int | None, dtype: torch.dtype
 
         encoders.keep_whisper_layers(config, layer)
     with torch.device("meta"):  # no memory and no random numbers for weights that come from the checkpoint
-        encoder = TransformersWhisper(config)
+        encoder = TransformersWhisper(config)  # layers without weights
     weights = {transformers_name(name): weight for name, weight in model.encoder.state_dict().items()}
     weights = {name: weights[name].to(dtype or torch.float32) for name in encoder.state_dict()}  # no layers above
-    encoder.load_state_dict(weights, assign=True)
+    encoder.load_state_dict(weights, assign=True)  # the tensors themselves, no copies
     return WhisperEncoder(encoder, WhisperFeatureExtractor(dims.n_mels))
 
 
@@ -263,11 +263,11 @@ class Conv1dProjector(nn.Module):
         self.stride = config.projector_stride
         self.conv = nn.Conv1d(encoder_size, encoder_size, kernel_size=self.stride, stride=self.stride)
         self.activation = ACT2FN[config.projector_activation]
-        self.linear1 = nn.Linear(encoder_size, config.projector_hidden_size)
-        self.linear2 = nn.Linear(config.projector_hidden_size, llm_size)
+        self.linear1 = nn.Linear(encoder_size, config.projector_hidden_size)  # D -> hidden
+        self.linear2 = nn.Linear(config.projector_hidden_size, llm_size)  # hidden -> H
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        frames = frames.to(self.conv.weight.dtype)
+        frames = frames.to(self.conv.weight.dtype)  # bf16 of a frozen encoder -> fp32 of trained weights
         x = self.activation(self.conv(frames.transpose(1, 2)).transpose(1, 2))  # (A, N, D)
         return self.linear2(self.activation(self.linear1(x)))  # (A, N, H)
 
@@ -283,7 +283,7 @@ def build_projector(config: SpeechLLMConfig, encoder_size: int, llm_size: int) -
 
     if config.projector not in PROJECTORS:
         raise InputError(f"projector {config.projector!r}: wanted one of {sorted(['conv1d', *PROJECTORS])}")
-    return PROJECTORS[config.projector](encoder_size, llm_size, config)
+    return PROJECTORS[config.projector](encoder_size, llm_size, config)  # every projector has these arguments
 
 
 # The LLM
@@ -324,11 +324,11 @@ class SpeechLLM(PreTrainedModel):
     """
 
     config_class = SpeechLLMConfig
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = True  # in layers of the encoder and the LLM
     accepts_loss_kwargs = True  # tells Trainer that forward divides by num_items_in_batch
 
     def __init__(self, config: SpeechLLMConfig, encoder: nn.Module, projector: nn.Module, llm: nn.Module, tokenizer):
-        super().__init__(copy.deepcopy(config))
+        super().__init__(copy.deepcopy(config))  # the caller's stays as it is
         self.llm, self.encoder, self.projector, self.tokenizer = llm, encoder, projector, tokenizer
         text_config = llm.config.get_text_config()
         self.config.encoder_size, self.config.hidden_size = encoder.output_size, text_config.hidden_size
@@ -345,13 +345,13 @@ class SpeechLLM(PreTrainedModel):
         self.ever_trained: set[str] = set()  # names of parameters that were loaded, or unfrozen for a time: saved
 
         set_chat_template(tokenizer, config.chat_template)
-        self.set_stop_tokens()
-        llm.get_output_embeddings().register_forward_pre_hook(make_contiguous)
+        self.set_stop_tokens()  # checks the prompt too
+        llm.get_output_embeddings().register_forward_pre_hook(make_contiguous)  # halves a step, see above
         if config.lora_r or config.encoder_lora_r or config.lora_target_modules:
             import lora  # an option
 
-            lora.add_to_parts(llm, encoder, self.config)
-        self.apply_freezing()
+            lora.add_to_parts(llm, encoder, self.config)  # before apply_freezing, which exempts it
+        self.apply_freezing()  # sets requires_grad
         self.eval()
 
     @classmethod
@@ -368,10 +368,10 @@ class SpeechLLM(PreTrainedModel):
                 encoder = load_encoder(*names, llm.dtype)
         else:
             encoder = load_encoder(*names, llm.dtype)
-        projector = build_projector(config, encoder.output_size, llm.config.get_text_config().hidden_size)
+        projector = build_projector(config, encoder.output_size, llm.config.get_text_config().hidden_size)  # D -> H
         model = cls(with_lasting_names(config), encoder, projector, llm, tokenizer)
         for part in set(model.children()) - {llm}:
-            part.to(device or llm.device)
+            part.to(device or llm.device)  # the LLM was loaded there
         return model
 
     @classmethod
@@ -380,7 +380,7 @@ class SpeechLLM(PreTrainedModel):
     ) -> "SpeechLLM":
         """An untrained model; `fields` are those of SpeechLLMConfig, `dtype` is that of the frozen weights."""
         names = {"encoder_name_or_path": str(encoder), "llm_model_name_or_path": str(llm), "projector": projector}
-        return cls.from_config(SpeechLLMConfig(**names, frozen_dtype=dtype, **fields), device)
+        return cls.from_config(cls.config_class(**names, frozen_dtype=dtype, **fields), device)
 
     @classmethod
     def from_pretrained(
@@ -391,8 +391,8 @@ class SpeechLLM(PreTrainedModel):
         `overrides` are fields of its config. Where there is no config.json they can name the parts in its stead.
         """
         overrides |= {"frozen_dtype": dtype} if dtype else {}
-        weights = find_weights(name_or_path, revision, token)
-        model = cls.from_config(load_config(weights.parent, **overrides), device)
+        weights = find_weights(name_or_path, revision, token)  # model.safetensors
+        model = cls.from_config(load_config(weights.parent, cls.config_class, **overrides), device)
         model.load_trained(weights)
         return model
 
@@ -407,7 +407,7 @@ class SpeechLLM(PreTrainedModel):
 
     def num_embeddings(self, feature_lengths: Tensor | int) -> Tensor | int:
         """Speech embeddings made of so many feature frames, or samples."""
-        return self.projector.output_lengths(self.encoder.output_lengths(feature_lengths))
+        return self.projector.output_lengths(self.encoder.output_lengths(feature_lengths))  # F -> T -> N
 
     def make_dataset(self, records: Records | Sequence[dict], **options) -> SpeechDataset:
         """SpeechDataset of records (or a list of dicts) for this model; `options` are fields of SpeechDataset."""
@@ -430,15 +430,15 @@ class SpeechLLM(PreTrainedModel):
         if len(pieces) != 2:
             raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it or in --chat_template, once")
         stop_ids = np.atleast_1d(self.llm.generation_config.eos_token_id).tolist()  # one, several or None
-        stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})
+        stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})  # any of them ends an answer
         # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
         self.llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
 
     def embed_speech(self, feature_lengths: Tensor, input_features=None, input_values=None) -> Tensor:
         """Speech embeddings (sum of N, H), those of each clip in turn, of features (A, F, M) or samples (A, S)."""
-        features = input_values if input_features is None else input_features
+        features = input_values if input_features is None else input_features  # (A, S) or (A, F, M)
         is_trained = any(p.requires_grad for p in self.encoder.parameters())
-        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):  # a frozen encoder keeps no activations
             frames = self.encoder(features, feature_lengths)  # (A, T, D)
         frames = F.dropout(frames, self.config.encoder_dropout, self.training)
         frame_lengths = self.encoder.output_lengths(feature_lengths)  # (A,)
@@ -447,7 +447,7 @@ class SpeechLLM(PreTrainedModel):
 
     def splice(self, input_ids: Tensor, speech_embeds: Tensor) -> Tensor:
         """Embeddings (B, L, H) of input_ids (B, L), with the speech embeddings in the SPEECH positions, in order."""
-        is_speech, num_embeds = input_ids == SPEECH, len(speech_embeds)
+        is_speech, num_embeds = input_ids == SPEECH, len(speech_embeds)  # (B, L)
         if is_speech.sum() != num_embeds:
             raise ValueError(f"{is_speech.sum()} speech positions in the prompts, {num_embeds} speech embeddings")
         embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # (B, L, H)
@@ -471,7 +471,7 @@ class SpeechLLM(PreTrainedModel):
             options = self.encoder, self.num_embeddings, prompt, self.config.audio_boundary_tokens
             input_ids, attention_mask, audio = inputs.batch_from_tensors(input_ids, attention_mask, audio, *options)
         if speech_embeds is None:
-            speech_embeds = self.embed_speech(**audio)
+            speech_embeds = self.embed_speech(**audio)  # (sum of N, H)
         return {"inputs_embeds": self.splice(input_ids, speech_embeds), "attention_mask": attention_mask}
 
     # Training
@@ -494,13 +494,13 @@ class SpeechLLM(PreTrainedModel):
         this batch. `index` and `bad` come with a batch of `collate` and are not used here.
         """
         inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
-        mask = inputs["attention_mask"]
+        mask = inputs["attention_mask"]  # (B, L)
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left: text starts at position 0
         if labels is None:
             return CausalLMOutput(logits=self.llm(**inputs, position_ids=position_ids, use_cache=False).logits)
         if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] > mask.shape[1]:
             raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
-        labels = labels[:, -(mask.shape[1] - 1) :]
+        labels = labels[:, -(mask.shape[1] - 1) :]  # of K = L labels all but the first
         # Each position predicts the next; the vocabulary projection is computed for these positions alone.
         options = {"position_ids": position_ids, "use_cache": False, "logits_to_keep": labels.shape[1] + 1}
         logits = self.llm(**inputs, **options).logits[:, :-1].float()  # (B, K, V)
@@ -520,7 +520,7 @@ class SpeechLLM(PreTrainedModel):
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
         `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
-        audio = {name: options.pop(name) for name in AUDIO_INPUTS if name in options}
+        audio = {name: options.pop(name) for name in AUDIO_INPUTS if name in options}  # the rest is for transformers
         if prompts is not None:
             import inputs  # an option
 
@@ -534,7 +534,7 @@ class SpeechLLM(PreTrainedModel):
                 import inputs  # an option
 
                 llm_inputs = inputs.pad_to_the_left(**llm_inputs)
-            return self.llm.generate(**llm_inputs, **options)
+            return self.llm.generate(**llm_inputs, **options)  # from embeddings it returns new tokens alone
 
     def tensors_of(self, batch: dict) -> dict[str, Tensor]:
         """What `generate` takes of a batch of `collate`, on the model's device."""
@@ -553,7 +553,7 @@ class SpeechLLM(PreTrainedModel):
 
     def decoding_dataset(self, records: Records | Sequence[dict], options: DecodingOptions) -> SpeechDataset:
         """The dataset of records for `decode`: every line is kept, transcripts are not looked at. Raises InputError."""
-        room = self.max_length - options.max_new_tokens
+        room = self.max_length - options.max_new_tokens  # positions for prompt and speech
         if room < 1:
             raise InputError(f"max_new_tokens {options.max_new_tokens}: the LLM has {self.max_length} positions in all")
         return self.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
@@ -566,10 +566,10 @@ class SpeechLLM(PreTrainedModel):
         The options are a DecodingOptions or, as keywords, its fields. What cannot be read has an empty hypothesis.
         """
         options = options or DecodingOptions(**fields)
-        positions = range(len(dataset)) if positions is None else positions
+        positions = range(len(dataset)) if positions is None else positions  # of the dataset
         order = sorted(positions, key=lambda position: -dataset.durations[dataset.indices[position]])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        to_batch = partial(collate, with_targets=False)
+        to_batch = partial(collate, with_targets=False)  # the ids end with the prompt
         with self.in_eval_mode():
             for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
                 yield self.decode_batch(batch, dataset.records, options)
@@ -579,8 +579,8 @@ class SpeechLLM(PreTrainedModel):
     ) -> list[Hypothesis]:
         """The hypotheses of a batch of `collate` without targets; `speech_embeds` as in `inputs_for_llm`."""
         ids = self.generate(**self.tensors_of(batch), speech_embeds=speech_embeds, **asdict(options)).cpu()  # (B, new)
-        stop_ids = torch.tensor(self.llm.generation_config.eos_token_id)
-        has_end = torch.isin(ids, stop_ids).any(1).tolist()
+        stop_ids = torch.tensor(self.llm.generation_config.eos_token_id)  # several, perhaps
+        has_end = torch.isin(ids, stop_ids).any(1).tolist()  # (B,)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         hypotheses = []
         for index, bad, text, ends in zip(batch["index"], batch["bad"], texts, has_end, strict=True):
@@ -596,7 +596,7 @@ class SpeechLLM(PreTrainedModel):
         options, is_list = DecodingOptions(**keywords), isinstance(audio, (list, tuple))
         clips = enumerate(audio if is_list else [audio], 1)
         dataset = self.decoding_dataset([{"wav": clip, "where": f"audio {number}"} for number, clip in clips], options)
-        texts = [""] * len(dataset)
+        texts = [""] * len(dataset)  # in the order of the clips, though the longest come first
         for hypotheses in self.decode(dataset, None, batch_size, num_workers, options):
             for hypothesis in hypotheses:
                 texts[hypothesis.index] = hypothesis.text
@@ -613,7 +613,7 @@ class SpeechLLM(PreTrainedModel):
         names: dict[nn.Parameter, list[str]] = {}  # tied weights have two names
         for name, parameter in self.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
-        all_names = sum(names.values(), [])
+        all_names = sum(names.values(), [])  # for the messages
         for pattern in [*config.freeze_params, *exceptions]:
             if pattern not in FROZEN and not matches(pattern, all_names):  # some encoder may have no parameters
                 examples = ", ".join(all_names[:: len(all_names) // 4])
@@ -634,10 +634,10 @@ class SpeechLLM(PreTrainedModel):
             if own and self.config.quantize and part is self.llm:
                 raise InputError("--quantize: quantised weights cannot be trained; use --lora_r, or leave it out")
             if any(p.dtype != torch.float32 and not hasattr(p, "ds_id") for p in own):
-                part.float()
+                part.float()  # layers of two dtypes do not go together
         for p in self.parameters():
             if p.requires_grad and p.dtype != torch.float32 and not hasattr(p, "ds_id"):
-                p.data = p.data.float()
+                p.data = p.data.float()  # LoRA, the projector
 
     def set_trained(self, part: str, is_trained: bool) -> None:
         """Freeze or unfreeze all parameters of a part; what was trained till now is saved all the same."""
@@ -647,7 +647,7 @@ class SpeechLLM(PreTrainedModel):
             for parameter in module.parameters():
                 parameter.requires_grad_(is_trained and parameter.is_floating_point())
         self.hold_trained_weights_in_fp32()
-        self.train(self.training)
+        self.train(self.training)  # modes follow what is trained
 
     freeze_encoder = partialmethod(set_trained, "encoder", False)
     unfreeze_encoder = partialmethod(set_trained, "encoder", True)
@@ -664,12 +664,12 @@ class SpeechLLM(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Training mode for modules that are trained as a whole, eval mode for all else: no dropout in a frozen LLM."""
-        super().train(False)
+        super().train(False)  # all modules
         self.training = mode
         if not mode:
             return self
         for name, module in list(self.named_modules())[1:]:  # the first is the model itself
-            trained = [p.requires_grad for p in module.parameters()]
+            trained = [p.requires_grad for p in module.parameters()]  # with those of its children
             if ".lora_dropout" in name or (trained and all(trained)):
                 module.train()  # with its children that have no parameters: dropout, activations
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
@@ -689,7 +689,7 @@ class SpeechLLM(PreTrainedModel):
         import lora  # an option
 
         self.is_merged = any([lora.merge(self.llm), lora.merge(self.encoder)]) or self.is_merged
-        self.config.lora_r = self.config.encoder_lora_r = 0
+        self.config.lora_r = self.config.encoder_lora_r = 0  # so that the saved model is loaded without LoRA
 
     # Save and load: config.json says what the model is made of, model.safetensors holds what was trained
 
@@ -697,7 +697,7 @@ class SpeechLLM(PreTrainedModel):
         """What a checkpoint holds: all that is trained, or was, and all that comes from no other place."""
         comes_with_a_part = re.compile(rf"^(encoder|llm)\.(?!.*{LORA})").search
         names = {name for name, p in self.named_parameters() if p.requires_grad or not comes_with_a_part(name)}
-        return {name: p for name, p in self.named_parameters() if name in names | self.ever_trained}
+        return {name: p for name, p in self.named_parameters() if name in names | self.ever_trained}  # tied ones once
 
     def save_pretrained(
         self, folder: str | Path, include_frozen: bool = False, state_dict=None, is_main_process: bool = True, **options
@@ -720,13 +720,13 @@ class SpeechLLM(PreTrainedModel):
         if self.is_merged and not include_frozen:
             raise InputError("LoRA was merged into the LLM's weights; save them too, with include_frozen=True")
         config, parameters = copy.deepcopy(config), self.parameters_to_save()
-        config.architectures = [type(self).__name__]
+        config.architectures = [type(self).__name__]  # as config.json of any model of transformers says
         if include_frozen:
             import hub  # an option
 
             parts = self.encoder, self.llm, self.tokenizer
             hub.save_frozen_parts(folder, config, *parts, list(parameters), self.is_merged)
-        source = parameters if state_dict is None else state_dict
+        source = parameters if state_dict is None else state_dict  # ZeRO-3 gathers whole weights for state_dict
         state = {name: source[name].detach().contiguous().cpu() for name in parameters}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -737,7 +737,7 @@ class SpeechLLM(PreTrainedModel):
         Weights of the encoder or the LLM may be among them: they were trained, are held in fp32, and are saved again.
         With `only`, the name of a part, tensors of other parts may be missing: they start new, and a warning says so.
         """
-        parameters, saved = dict(self.named_parameters()), self.parameters_to_save()
+        parameters, saved = dict(self.named_parameters()), self.parameters_to_save()  # by name
         try:
             with safe_open(path, "pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -753,10 +753,10 @@ class SpeechLLM(PreTrainedModel):
                 for name in shapes:
                     if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
                         self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
-                    parameters[name].data.copy_(file.get_tensor(name))
+                    parameters[name].data.copy_(file.get_tensor(name))  # one tensor in memory at a time
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot read the trained weights ({error})") from None
-        self.ever_trained |= shapes.keys()
+        self.ever_trained |= shapes.keys()  # so that they are saved again
 
     def push_to_hub(
         self, repo_id: str, include_frozen: bool = False, revision: str | None = None, state_dict=None, **options
@@ -794,7 +794,7 @@ def new_files_in(folder: Path) -> Iterator[Path]:
     """A folder to write files into, which go to `folder` together at the end; after an error, none does."""
     partial_folder = folder / "model.partial"
     shutil.rmtree(partial_folder, ignore_errors=True)  # left by a kill
-    partial_folder.mkdir(parents=True)
+    partial_folder.mkdir(parents=True)  # on the same disk, so that files can be moved in one step
     try:
         yield partial_folder
         new_files = [path for path in partial_folder.rglob("*") if path.is_file()]
@@ -803,9 +803,9 @@ def new_files_in(folder: Path) -> Iterator[Path]:
         for new in new_files:
             old = folder / new.relative_to(partial_folder)
             old.parent.mkdir(parents=True, exist_ok=True)
-            new.replace(old)
+            new.replace(old)  # each file is the old one or the new one, never half of it
     finally:
-        shutil.rmtree(partial_folder)
+        shutil.rmtree(partial_folder)  # after an error too
 
 
 REVISION_OF = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
@@ -820,19 +820,19 @@ def find_weights(name_or_path: str | Path, revision: str | None = None, token: s
         path = hub.download(str(name_or_path), revision, token)
     elif revision:
         raise InputError(f"{name_or_path}: revision {revision} of local files; wanted none, or a Hub name")
-    return path / "model.safetensors" if path.is_dir() else path
+    return path / "model.safetensors" if path.is_dir() else path  # the file itself, beside its config.json
 
 
-def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
+def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides) -> SpeechLLMConfig:
     """The config of a checkpoint folder; `overrides` replace fields of it (a moved LLM's path, say)."""
     path = folder / "config.json"
     if not path.is_file() and REVISION_OF.keys() <= overrides.keys():
-        return SpeechLLMConfig(**overrides)
+        return config_class(**overrides)  # weights alone: the flags say what they belong to
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("model_type") != SpeechLLMConfig.model_type:
+        if not isinstance(values, dict) or values.get("model_type") != config_class.model_type:
             raise ValueError("it describes another kind of model")
-        SpeechLLMConfig(**values)
+        config_class(**values)
     except (OSError, ValueError) as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix("config: ")
         raise InputError(f"{path}: {problem}; wanted a folder that train.py or save_pretrained wrote") from None
@@ -842,7 +842,7 @@ def load_config(folder: Path, **overrides) -> SpeechLLMConfig:
             values["origin"] = {k: v for k, v in (values.get("origin") or {}).items() if k not in (part, revision)}
         elif values.get(part) and (folder / values[part]).exists():  # a frozen part in the folder itself
             values[part] = str((folder / values[part]).absolute())
-    return SpeechLLMConfig(**{**values, **overrides})
+    return config_class(**{**values, **overrides})  # the latter win
 
 
 def with_lasting_names(config: SpeechLLMConfig) -> SpeechLLMConfig:

@@ -108,12 +108,12 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     wait_for_all()
 
     todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
-    share = todo[rank::num_processes]
+    share = todo[rank::num_processes]  # long and short ones for every process
     begin, audio_seconds = time.perf_counter(), 0.0
     bar = tqdm(total=len(share), unit="utt", disable=rank > 0)
     with open_unfinished(args.result_path, key, rank) as file, bar:
         for hypotheses in model.decode(dataset, share, args.batch_size, args.num_workers, options):
-            append(file, hypotheses)
+            append(file, hypotheses)  # safe on the disk from here
             audio_seconds += sum(dataset.durations[hypothesis.index] for hypothesis in hypotheses)
             bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
             bar.update(len(hypotheses))
@@ -172,7 +172,7 @@ def open_unfinished(result_path: str, key: str, rank: int) -> BinaryIO:
         path.write_text(json.dumps(key) + "\n")
     file = open(path, "r+b")  # noqa: SIM115
     file.seek(file.read().rfind(b"\n") + 1)
-    file.truncate()
+    file.truncate()  # cuts a torn line off
     return file
 
 
@@ -180,7 +180,7 @@ def append(file: BinaryIO, hypotheses: list[Hypothesis]) -> None:
     """Put hypotheses on the disk, whatever happens next."""
     file.write("".join(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in hypotheses).encode())
     file.flush()
-    os.fsync(file.fileno())
+    os.fsync(file.fileno())  # not only to the operating system
 
 
 def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypothesis]) -> None:
@@ -191,7 +191,7 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
             text = row.pop("text")
             row = {"key": key_of(record), "wav": record.get("wav"), "txt": transcript_of(record), "pred": text} | row
             file.write((json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else text) + "\n")
-    os.replace(f"{result_path}.whole", result_path)
+    os.replace(f"{result_path}.whole", result_path)  # in one step
     for path in unfinished_files(result_path):
         path.unlink()
 

@@ -114,7 +114,7 @@ def score(
         if name not in names:
             raise InputError(f"{option}: found {name!r}; wanted one of {', '.join(names)}")
     metric = choose_metric(references) if metric == "auto" else metric
-    normalize, tokens_of = NORMALIZERS[normalizer](), METRICS[metric]
+    normalize, tokens_of = NORMALIZERS[normalizer](), METRICS[metric]  # text -> text -> tokens
 
     alignments = [
         align(tokens_of(normalize(reference)), tokens_of(normalize(hypothesis)))
@@ -123,7 +123,7 @@ def score(
     lines = [Counts(a.substitutions, a.deletions, a.insertions, len(a.references[0])) for a in alignments]
     reasons = map(hallucination, references, hypotheses, durations)
     hallucinated = {index: reason for index, reason in enumerate(reasons) if reason}
-    others = [counts for index, counts in enumerate(lines) if index not in hallucinated]
+    others = [counts for index, counts in enumerate(lines) if index not in hallucinated]  # the second figure
     return Score(metric, normalizer, total(lines), total(others), hallucinated, lines, alignments)
 
 

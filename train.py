@@ -67,7 +67,7 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if self.greater_is_better is None and self.metric_for_best_model:
             self.greater_is_better = False  # transformers thinks so of losses alone
-        self.remove_unused_columns = False
+        self.remove_unused_columns = False  # also where a YAML file says otherwise
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # or --bf16 is refused without a GPU
         super().__post_init__()
 
@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     if argv and argv[0] == "--config":
         argv = argv[1:]
     if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = [*flags_of_file(argv[0], flags), *argv[1:]]
+        argv = [*flags_of_file(argv[0], flags), *argv[1:]]  # of two values the later wins
     try:
         model, data, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, OSError, ImportError, ArgumentTypeError) as error:
@@ -171,8 +171,8 @@ class LengthSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, size = self.epoch(), self.batch_size
-        random = np.random.default_rng([self.seed, epoch])
-        order = np.resize(random.permutation(len(self.lengths)), len(self))
+        random = np.random.default_rng([self.seed, epoch])  # another order every epoch
+        order = np.resize(random.permutation(len(self.lengths)), len(self))  # wraps around to fill the last batch
         if self.by_length:
             groups = np.split(order, range(50 * size, len(order), 50 * size))
             order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
@@ -188,7 +188,7 @@ class SpeechTrainer(Trainer):
 
     def __init__(self, *args, settings: dict, eval_metric: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.settings, self.eval_metric = settings, eval_metric
+        self.settings, self.eval_metric = settings, eval_metric  # settings: for train_settings.json
         self.step_losses: list[torch.Tensor] = []  # of the micro-batches of this step, for the progress bar
         self.skipped: set[str] = set()  # why utterances were skipped
         self.has_learnt = False  # from one good utterance at least
@@ -217,7 +217,7 @@ class SpeechTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.step_losses.append(loss)
+        self.step_losses += [] if self.args.disable_tqdm else [loss]
         return loss
 
     def on_all_processes(self, values: set) -> set:
@@ -235,7 +235,7 @@ class SpeechTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = output_dir or self.args.output_dir
-        self.model.config.training["steps"] = self.state.global_step
+        self.model.config.training["steps"] = self.state.global_step  # config.json tells how far it was trained
         skipped, state = self.on_all_processes(self.skipped), None
         if self.is_deepspeed_enabled:
             import zero3  # an option
@@ -253,7 +253,7 @@ class SpeechTrainer(Trainer):
         self.skipped |= skipped
         self.model.config.training |= {f"evaluation {name}": round(value, 4) for name, value in metrics.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
+        self.log(metrics)  # into trainer_state.json, and where --report_to says
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -292,8 +292,9 @@ def evaluate(
     """
     from score import score
 
-    share = -(-len(dataset) // args.world_size)
+    share = -(-len(dataset) // args.world_size)  # utterances a process
     positions = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
+    positions.sort(key=lambda position: -dataset.durations[dataset.indices[position]])  # similar lengths in a batch
     options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
     losses, tokens, texts, bad = {}, {}, {}, {}  # of each utterance, by index
     with model.in_eval_mode():
@@ -309,13 +310,13 @@ def evaluate(
             for hypothesis in model.decode_batch(prompts, dataset.records, DecodingOptions(num_beams=1), speech_embeds):
                 texts[hypothesis.index] = hypothesis.text
     for part in gather_object([(losses, tokens, texts, bad)]):
-        for mine, theirs in zip((losses, tokens, texts, bad), part, strict=True):
-            mine.update(theirs)
+        for values, others in zip((losses, tokens, texts, bad), part, strict=True):
+            values.update(others)
     good = sorted(losses.keys() - bad.keys())
     if not good:
         raise InputError(f"every evaluation utterance is bad; the first: {min(bad.values())}")
     references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [texts[index] for index in good]
-    result = score(references, hypotheses, metric=metric)
+    result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
     loss = sum(losses[index] for index in good) / sum(tokens[index] for index in good)
     if args.process_index == 0:
         print(f"evaluation: loss {loss:.4f}, {result.metric.upper()} {result.all.rate:.2%}; the first lines are:")
@@ -340,7 +341,7 @@ def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArgumen
     groups = ((config, names), (data, DECISIVE_DATA), (args, DECISIVE))
     settings = {name: getattr(group, name) for group, group_names in groups for name in group_names}
     settings |= {"deepspeed": bool(args.deepspeed), "num_records": len(records), "records": records.fingerprint()}
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings))  # as they come back from the file
 
 
 def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
@@ -354,9 +355,9 @@ def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
         raise InputError(f"--resume_from_checkpoint {chosen}: no complete checkpoint; leave it out to take the last")
     if not complete and not chosen:
         return None
-    folder = max(complete, key=step_of, default=Path(chosen or ""))
+    folder = max(complete, key=step_of, default=Path(chosen or ""))  # the last
     if chosen:
-        is_inside = Path(chosen).resolve().parent == Path(output_dir).resolve()
+        is_inside = Path(chosen).resolve().parent == Path(output_dir).resolve()  # of the folder of this run
         steps_ahead = step_of(folder) - step_of(chosen)
         if steps_ahead < 0 or (steps_ahead and is_inside):
             raise InputError(f"--resume_from_checkpoint {chosen}: {folder} is there too; choose another --output_dir")
@@ -393,7 +394,7 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
         if settings[name] > before[name]:
             allow(name)
     if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
-        changed.remove("records")
+        changed.remove("records")  # lines were appended
         allow("num_records")
     if not settings["deepspeed"]:  # which cannot deal its optimiser's states out anew
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
@@ -425,8 +426,8 @@ def num_weights(p: torch.nn.Parameter) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     config, data, args = parse(sys.argv[1:] if argv is None else argv)
-    set_seed(args.seed)
-    records = open_records(data.data_path)
+    set_seed(args.seed)  # the new weights of the projector
+    records = open_records(data.data_path)  # wrong input is told before the model is loaded
     settings = settings_of(config, data, args, records)
     checkpoint, differences = find_checkpoint(args.output_dir, args.resume_from_checkpoint), []
     if checkpoint:
@@ -438,13 +439,13 @@ def main(argv: list[str] | None = None) -> None:
         import zero3  # an option
 
         zero3.prepare()
-    model = SpeechLLM.from_config(config, device=None if args.deepspeed else args.device)
+    model = SpeechLLM.from_config(config, device=None if args.deepspeed else args.device)  # DeepSpeed moves it itself
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
     if any(p.requires_grad and ".lora_" not in name for name, p in model.encoder.named_parameters()):
         args.ddp_find_unused_parameters = True  # with --encoder_layer the layers' final norm gets no gradient
     if data.projector_model_path:
-        model.load_trained(data.projector_model_path, only="projector")
+        model.load_trained(data.projector_model_path, only="projector")  # LoRA may start new beside it
 
     limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
     augment = None
@@ -471,14 +472,14 @@ def main(argv: list[str] | None = None) -> None:
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, **rest)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShowLoss(trainer))
+        trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss
     if checkpoint:
         trainer.skipped = set(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():
         print(describe(model))
         if checkpoint:
             print(f"going on from {checkpoint}", *differences, sep="\n  ")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)  # None = from the start
 
     if eval_dataset and args.eval_strategy == "no":
         trainer.save_model(_internal_call=True)  # first, because the evaluation may raise

@@ -1114,10 +1114,11 @@ def test_a_plain_trainer_saves_and_loads_it(world, tmp_path):
     assert_same_texts(loaded, model)
 
 
-def test_others_may_read_what_the_umask_lets_them(model, tmp_path):
-    model.save_pretrained(tmp_path / "run")
+@pytest.mark.parametrize("include_frozen", [False, True])
+def test_others_may_read_what_the_umask_lets_them(model, tmp_path, include_frozen):
+    model.save_pretrained(tmp_path / "run", include_frozen=include_frozen)
     (tmp_path / "usual").touch()
-    files = list((tmp_path / "run").iterdir())
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {path.stat().st_mode for path in files} == {(tmp_path / "usual").stat().st_mode}
 
 
@@ -1167,15 +1168,15 @@ def files_end_at(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [500, 20_000])
-def test_a_save_that_fails_leaves_the_old_files_whole_and_no_others(world, tmp_path, size):
+@pytest.mark.parametrize(("include_frozen", "size"), [(False, 500), (False, 20_000), (True, 500), (True, 60_000)])
+def test_a_save_that_fails_leaves_the_old_files_whole_and_no_others(world, tmp_path, include_frozen, size):
     model = build(world)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, include_frozen=include_frozen)
     before = contents(tmp_path)
     assert max(map(len, before.values())) > size
     change(model)
     with files_end_at(size), pytest.raises(Exception, match="File too large"):
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, include_frozen=include_frozen)
     assert contents(tmp_path) == before
 
 

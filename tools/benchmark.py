@@ -119,7 +119,7 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
     mels, encoder_width, heads, layers = ENCODERS[args.encoder]
     encoder_config = WhisperConfig(
         num_mel_bins=mels, d_model=encoder_width, encoder_ffn_dim=4 * encoder_width, encoder_attention_heads=heads,
-        encoder_layers=layers, init_std=0.05,
+        encoder_layers=layers,
     )  # fmt: skip
     config = SpeechLLMConfig(projector=args.projector, pad_to_30s=args.fixed, lora_r=args.lora_r)
     dtype = getattr(torch, args.dtype)
