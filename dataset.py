@@ -63,7 +63,8 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | 
         samples, audio = np.asarray(audio), "audio array"
         if not np.issubdtype(samples.dtype, np.floating):
             raise BadUtterance(f"{audio}: samples of type {samples.dtype}; wanted floats between -1 and 1")
-        samples = samples.astype(np.float32, copy=False)  # (S,)
+        last = len(samples) if end is None else round(end * SAMPLE_RATE)
+        samples = samples[round(start * SAMPLE_RATE) : last].astype(np.float32, copy=False)  # (S,)
     if samples.ndim != 1 or not samples.size:
         raise BadUtterance(f"{audio}: the audio is empty, or of shape {samples.shape} where (S,) is wanted")
     if not np.isfinite(samples).all():
@@ -89,7 +90,7 @@ def audio_seconds(record: dict) -> float:
     total = 0.0  # seconds
     for clip in clips_of(record):
         if not isinstance(clip.audio, Path):
-            total += len(clip.audio) / SAMPLE_RATE
+            total += len(load_audio(*clip)) / SAMPLE_RATE
             continue
         with open_audio(clip) as file:
             total += (file.frames / file.samplerate if clip.end is None else clip.end) - clip.start
@@ -156,9 +157,9 @@ def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[lis
 
     messages = json.loads(turns)  # role and content
     pieces = [tokenize(text) for text in render(messages, add_generation_prompt=True).split(AUDIO)]
-    answer = "Seven."  # stands in no template, so that its place can be found
-    _, shows_answer, after = render([*messages, {"role": "assistant", "content": answer}]).rpartition(answer)
-    special = [token for token in tokenize(after) if token in tokenizer.added_tokens_decoder]  # no plain text
+    answer = "Seven."  # no template contains it: the text behind it is the end of the turn
+    _, shows_answer, end_of_turn = render([*messages, {"role": "assistant", "content": answer}]).rpartition(answer)
+    special = [token for token in tokenize(end_of_turn) if token in tokenizer.added_tokens_decoder]  # no plain text
     end_id = special[0] if shows_answer and special else tokenizer.eos_token_id
     if end_id is None:
         raise InputError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer has an end token")
@@ -180,9 +181,9 @@ class SpeechDataset(torch.utils.data.Dataset):
     An example is made in three steps: `load` (samples) -> `augment` (training only) -> `render` (features and ids).
     dataset[position] is an example of epoch 0, dataset[epoch, position] of a later one.
 
-    `on_bad`: "error" raises BadUtterance; "skip" leaves out what is known beforehand (`bad`, index -> reason), "keep"
-    nothing. What turns out bad when it is read becomes, unless that is an error, a silent moment without a
-    transcript, with the reason in the example's `bad`.
+    What headers show to be bad is in `bad` (index -> reason): `on_bad` "error" raises BadUtterance, "skip" leaves it
+    out, "keep" keeps its place. What proves bad only when it is read raises ("error"), or becomes a silent moment
+    without a transcript, with the reason in the example's `bad`.
     """
 
     records: Records
@@ -283,8 +284,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         if transcript is not None and self.with_targets:
             target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
         if check_length and self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
-            sizes = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript"
-            raise BadUtterance(f"{sizes} do not fit in {self.max_length} (--model_max_length, or the LLM's context)")
+            sizes = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript do not fit"
+            raise BadUtterance(f"{sizes} in {self.max_length} (--model_max_length, or what --max_new_tokens leaves)")
         return {"prompt_ids": prompt_ids, "target_ids": target_ids, "features": sum(features, [])}
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:

@@ -66,7 +66,7 @@ def as_input_error(name: str, what: str, wanted: str) -> Iterator[None]:
         raise
     except (*of_python, SafetensorError, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
-        raise InputError(f"{name}: cannot load {what} ({reason}); wanted {wanted}") from None
+        raise InputError(f"{name}: cannot load {what} ({reason}); wanted {wanted}") from error
 
 
 def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = (), **options) -> Any:
@@ -92,8 +92,9 @@ def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = ()
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name}: weights that config.json promises are missing: {missing[0]}{more}")
     modules = dict(model.named_modules())
-    parents = {key: modules.get(key.rpartition(".")[0], model) for key in sorted(info["unexpected_keys"])}
-    if homeless := [key for key, parent in parents.items() if parent is not model]:
-        more = f" and the like ({len(homeless)})" if len(homeless) > 1 else ""
-        warnings.warn(f"{name}: a {type(model).__name__} has no place for {homeless[0]}{more}: left out", stacklevel=2)
+    # The layer is there and has no such weight. Weights of whole parts that are not there are left out on purpose.
+    misplaced = [key for key in sorted(info["unexpected_keys"]) if modules.get(key.rpartition(".")[0], model) != model]
+    if misplaced:
+        more = f" and the like ({len(misplaced)})" if len(misplaced) > 1 else ""
+        warnings.warn(f"{name}: a {type(model).__name__} has no place for {misplaced[0]}{more}: left out", stacklevel=2)
     return model

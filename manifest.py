@@ -163,7 +163,9 @@ class Clip(NamedTuple):  # a stretch of audio, for one <audio>
 
 def clips_of(record: dict) -> list[Clip]:
     """The clips of a record, in order."""
-    clips = [Clip(record.get("wav"), record.get("start", 0), record.get("end"))]
+    start, seconds = record.get("start", 0), record.get("duration") if "start" in record else None
+    end = record.get("end", None if seconds is None else start + seconds)
+    clips = [Clip(record.get("wav"), start, end)]
     if "messages" in record:
         clips = [Clip(audio) for turn in record["messages"] for audio in turn.get("audio", [])]
     folder = record.get("folder", Path())

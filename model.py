@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -461,8 +461,8 @@ class SpeechLLM(PreTrainedModel):
     ) -> dict[str, Tensor]:
         """inputs_embeds (B, L, H) and attention_mask (B, L) of text and audio together.
 
-        Takes a batch of `collate`, or, where feature_lengths is missing, what feature_extractor and tokenizer return
-        (inputs.py tells in which forms). `speech_embeds`, if embed_speech has made them already, spare the encoder.
+        `audio` is input_features or input_values with feature_lengths, as `collate` makes them, or without, as
+        feature_extractor does (see inputs.py). `speech_embeds`, made by embed_speech before, stand for all of it.
         """
         if speech_embeds is None and "feature_lengths" not in audio:
             import inputs  # an option
@@ -500,8 +500,8 @@ class SpeechLLM(PreTrainedModel):
             return CausalLMOutput(logits=self.llm(**inputs, position_ids=position_ids, use_cache=False).logits)
         if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] > mask.shape[1]:
             raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
-        labels = labels[:, -(mask.shape[1] - 1) :]  # of K = L labels all but the first
-        # Each position predicts the next; the vocabulary projection is computed for these positions alone.
+        labels = labels[:, -(mask.shape[1] - 1) :]  # K is at most L - 1: nothing predicts the first position
+        # Position i predicts label i + 1: take the logits of the last K + 1 positions, without those of the very last.
         options = {"position_ids": position_ids, "use_cache": False, "logits_to_keep": labels.shape[1] + 1}
         logits = self.llm(**inputs, **options).logits[:, :-1].float()  # (B, K, V)
         options = {"reduction": "sum", "label_smoothing": self.label_smoothing if self.training else 0.0}
@@ -565,7 +565,7 @@ class SpeechLLM(PreTrainedModel):
 
         The options are a DecodingOptions or, as keywords, its fields. What cannot be read has an empty hypothesis.
         """
-        options = options or DecodingOptions(**fields)
+        options = replace(options or DecodingOptions(), **fields)
         positions = range(len(dataset)) if positions is None else positions  # of the dataset
         order = sorted(positions, key=lambda position: -dataset.durations[dataset.indices[position]])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -664,7 +664,7 @@ class SpeechLLM(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Training mode for modules that are trained as a whole, eval mode for all else: no dropout in a frozen LLM."""
-        super().train(False)  # all modules
+        super().train(False)  # all modules; below, parents come before their children
         self.training = mode
         if not mode:
             return self
@@ -695,9 +695,9 @@ class SpeechLLM(PreTrainedModel):
 
     def parameters_to_save(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds: all that is trained, or was, and all that comes from no other place."""
-        comes_with_a_part = re.compile(rf"^(encoder|llm)\.(?!.*{LORA})").search
-        names = {name for name, p in self.named_parameters() if p.requires_grad or not comes_with_a_part(name)}
-        return {name: p for name, p in self.named_parameters() if name in names | self.ever_trained}  # tied ones once
+        parameters = dict(self.named_parameters())  # tied weights once, by their first name
+        of_parts = {n for n in parameters if n.startswith(("encoder.", "llm.")) and not re.search(LORA, n)}
+        return {n: p for n, p in parameters.items() if p.requires_grad or n in self.ever_trained or n not in of_parts}
 
     def save_pretrained(
         self, folder: str | Path, include_frozen: bool = False, state_dict=None, is_main_process: bool = True, **options
@@ -832,11 +832,11 @@ def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides)
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("model_type") != config_class.model_type:
             raise ValueError("it describes another kind of model")
-        config_class(**values)
+        config_class(**values)  # only to check them
     except (OSError, ValueError) as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix("config: ")
         raise InputError(f"{path}: {problem}; wanted a folder that train.py or save_pretrained wrote") from None
-    for part, revision in REVISION_OF.items():
+    for part, revision in REVISION_OF.items():  # names of fields
         if part in overrides:  # another encoder or LLM than the checkpoint's, of another revision and origin
             values[revision] = None
             values["origin"] = {k: v for k, v in (values.get("origin") or {}).items() if k not in (part, revision)}

@@ -34,14 +34,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_path", help="folder or Hub name: says of itself which encoder, LLM and prompt it needs")
     add("--revision", help="of --model_path on the Hub: branch, tag or commit")
     add("--projector_model_path", help="model.safetensors, in place of --model_path")
-    default = "(default: what the checkpoint says)"
-    add("--llm_model_name_or_path", help=f"the LLM {default}")
-    add("--encoder_name_or_path", "--whisper_model_name_or_path", help=f"the speech encoder {default}")
-    add("--prompt", help=f"the user's turn, with <audio> in it {default}")
-    add("--system_prompt", help=f"the system's turn {default}")
-    add("--chat_template", help=f"FILE.jinja in place of the LLM's own {default}")
+    add("--llm_model_name_or_path", help="the LLM; this and the next six are by default as the checkpoint says")
+    add("--encoder_name_or_path", "--whisper_model_name_or_path", help="the speech encoder")
+    add("--prompt", help="the user's turn, with <audio> in it")
+    add("--system_prompt", help="the system's turn")
+    add("--chat_template", help="FILE.jinja in place of the LLM's own")
     add("--quantize", help="4bit or 8bit: hold the LLM so, by bitsandbytes on a GPU")
-    add("--dtype", dest="frozen_dtype", help=f"float32, bfloat16 or auto: of the frozen weights {default}")
+    add("--dtype", dest="frozen_dtype", help="float32, bfloat16 or auto: of the frozen weights")
     add("--merge_lora", action="store_true", help="add LoRA to the weights beside it, for speed")
     add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'; or KIND:PLACE, see sources.py")
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
@@ -57,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch_size {args.batch_size}: wanted 1 or more")
     if not args.model_path and not args.projector_model_path:
         parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
-    if bool(args.audio) == bool(args.data_path and args.result_path):
+    if bool(args.audio) == bool(args.data_path) or bool(args.data_path) != bool(args.result_path):
         parser.error("wanted either audio files, or --data_path and --result_path")
     return args
 
@@ -68,9 +67,10 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
 
     from model import SpeechLLM
 
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA GPU here")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # a GPU for each process
     names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize frozen_dtype"
     overrides = {name: getattr(args, name) for name in names.split() if getattr(args, name)}
     path = args.projector_model_path or args.model_path
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.data_path:
         return recognize_manifest(args, options)
     # One transcript a line; of a file that cannot be read an empty line, and a warning.
-    print(*load_model(args).transcribe(args.audio, args.batch_size, **asdict(options)), sep="\n")
+    print(*load_model(args).transcribe(args.audio, args.batch_size, args.num_workers, **asdict(options)), sep="\n")
 
 
 if __name__ == "__main__":

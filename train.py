@@ -29,7 +29,7 @@ from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainingAr
 from dataset import IGNORE, SpeechDataset, collate, open_records
 from errors import InputError, nearest, run
 from manifest import DecodingOptions, Records, transcript_of
-from model import AUDIO_INPUTS, ModelArguments, SpeechLLM, SpeechLLMConfig, load_config
+from model import AUDIO_INPUTS, ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, option
 
 # Arguments
 
@@ -38,29 +38,25 @@ OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_
 SECTIONS = ("data", "model", "training")  # of a YAML file
 
 
-def flag(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class DataArguments:
     data_path: str = field(metadata={"help": "training manifest: JSON lines with 'wav' and 'txt'; or KIND:PLACE"})
-    eval_data_path: str | None = flag(None, "manifest for --eval_strategy: loss and WER")
-    model_max_length: int = flag(512, "most LLM positions of prompt, speech and transcript")
-    max_seconds: float = flag(30.0, "longest utterance, seconds; 0 = any")
-    on_bad_audio: Literal["error", "skip"] = flag(
+    eval_data_path: str | None = option(None, "manifest for --eval_strategy: loss and WER")
+    model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
+    max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")
+    on_bad_audio: Literal["error", "skip"] = option(
         "error", "what cannot be read or does not fit: stop, or skip, counted"
     )
-    augment: list[str] = field(default_factory=list, metadata={"help": "names in augment.py, applied in this order"})
-    projector_model_path: str | None = flag(None, "model.safetensors to start from instead of random weights")
-    save_best_by: str | None = flag(None, "wer, cer, loss: keep the --save_total_limit best checkpoints, and the last")
+    augment: list[str] = option([], "names in augment.py, applied in this order")
+    projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
+    save_best_by: str | None = option(None, "wer, cer, loss: keep the --save_total_limit best checkpoints and the last")
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
     """transformers.TrainingArguments with the defaults that this model needs."""
 
-    train_sampling_strategy: str = flag("group_by_length", "group_by_length = similar lengths in a batch; random")
+    train_sampling_strategy: str = option("group_by_length", "group_by_length = similar lengths in a batch; random")
     remove_unused_columns: bool = False  # utterances have none
     ddp_find_unused_parameters: bool = False
 
@@ -104,11 +100,13 @@ def flags_of_file(path: str, flags: list[str]) -> list[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    sections = [content.pop(name) or {} for name in SECTIONS if name in content] if isinstance(content, dict) else [0]
+    sections = [content]
+    if isinstance(content, dict):
+        sections += [content.pop(name) or {} for name in SECTIONS if name in content]
     if not all(isinstance(section, dict) for section in sections):
         raise InputError(f"{path}: wanted keys and values: the names of train.py's flags, perhaps under {SECTIONS}")
     argv = []
-    for key, value in [pair for section in (content, *sections) for pair in section.items()]:
+    for key, value in [pair for section in sections for pair in section.items()]:
         if f"--{key}" not in flags:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, [flag[2:] for flag in flags])}")
         if value is False and key.endswith("_strategy"):
@@ -127,6 +125,9 @@ def check(data: DataArguments, args: TrainArguments) -> None:
     if args.deepspeed and "WORLD_SIZE" not in os.environ:
         cure = "start it with torchrun --standalone --nproc_per_node=1 train.py ..., or leave --deepspeed out"
         raise InputError(f"--deepspeed {args.deepspeed}: this is one process on its own; {cure}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: wanted 1 or more")
     if args.n_gpu > 1:
         cure = f"torchrun --standalone --nproc_per_node={args.n_gpu} train.py ..., or set CUDA_VISIBLE_DEVICES=0"
         raise InputError(f"one process sees {args.n_gpu} GPUs; start it with {cure}")
@@ -191,6 +192,7 @@ class SpeechTrainer(Trainer):
         self.settings, self.eval_metric = settings, eval_metric  # settings: for train_settings.json
         self.step_losses: list[torch.Tensor] = []  # of the micro-batches of this step, for the progress bar
         self.skipped: set[str] = set()  # why utterances were skipped
+        self.epoch = 0  # which decides the order of the clips, and their augmentation
         self.has_learnt = False  # from one good utterance at least
         self.model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None  # forward smooths
 
@@ -201,14 +203,15 @@ class SpeechTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         # The order is the same for any number of processes and accumulation steps with the same total batch.
         total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        durations, epoch = dataset.durations[dataset.indices], lambda: int(self.state.epoch or 0)
+        durations, epoch = dataset.durations[dataset.indices], lambda: self.epoch
         by_length = args.train_sampling_strategy == "group_by_length"
         return LengthSampler(durations, total, seed, epoch, by_length, args.dataloader_drop_last)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         """Nothing if a run that has ended is started again: Trainer would take one step before it counts them."""
+        self.epoch = epoch
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.skipped |= set(filter(None, inputs["bad"]))
@@ -355,7 +358,7 @@ def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
         raise InputError(f"--resume_from_checkpoint {chosen}: no complete checkpoint; leave it out to take the last")
     if not complete and not chosen:
         return None
-    folder = max(complete, key=step_of, default=Path(chosen or ""))  # the last
+    folder = max(complete, key=step_of) if complete else Path(chosen)  # the last, if any
     if chosen:
         is_inside = Path(chosen).resolve().parent == Path(output_dir).resolve()  # of the folder of this run
         steps_ahead = step_of(folder) - step_of(chosen)
@@ -382,29 +385,21 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
     """
     path = Path(checkpoint, "train_settings.json")
     before = json.loads(path.read_text()) if path.is_file() else {}
-    told, changed = [], [name for name in settings if name in before and settings[name] != before[name]]
-    if before.keys() != settings.keys():
-        told += [f"not compared: {', '.join(sorted(before.keys() ^ settings.keys()))}"]
-
-    def allow(*names: str) -> None:
-        told.extend(f"{name} was {before[name]}, is {settings[name]}" for name in names if name in changed)
-        changed[:] = [name for name in changed if name not in names]
-
-    for name in {"num_train_epochs", "max_steps"} & set(changed):
-        if settings[name] > before[name]:
-            allow(name)
+    changed = [name for name in settings if name in before and settings[name] != before[name]]
+    allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
     if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
-        changed.remove("records")  # lines were appended
-        allow("num_records")
+        allowed |= {"records", "num_records"}  # lines were appended
     if not settings["deepspeed"]:  # which cannot deal its optimiser's states out anew
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
         is_same_batch = math.prod(settings[n] for n in sizes) == math.prod(before.get(n, 0) for n in sizes)
-        allow(*(sizes if is_same_batch else ["world_size"]))
-    if changed:
-        changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in changed)
+        allowed |= set(sizes) if is_same_batch else {"world_size"}
+    if contradictions := [name for name in changed if name not in allowed]:
+        changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in contradictions)
         cure = "restore that, or choose another --output_dir"
         raise InputError(f"{checkpoint}: this run contradicts it ({changes}); {cure}")
-    return told
+    unknown = sorted(before.keys() ^ settings.keys())  # fields that one of the two does not have
+    differences = [f"{name} was {before[name]}, is {settings[name]}" for name in changed if name != "records"]
+    return differences + [f"not compared: {', '.join(unknown)}"] * bool(unknown)
 
 
 def describe(model: SpeechLLM) -> str:

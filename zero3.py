@@ -38,7 +38,9 @@ def gather(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     weights = {}
     for name, p in parameters.items():
         if p.requires_grad:
-            weights[name] = safe_get_full_fp32_param(p).cpu().view(p.ds_shape)
+            weights[name] = (
+                safe_get_full_fp32_param(p).cpu().view(getattr(p, "ds_shape", p.shape))
+            )  # ZeRO-2 shards no weights
         else:
             with deepspeed.zero.GatheredParameters([p]):
                 weights[name] = p.detach().float().cpu()

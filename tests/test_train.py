@@ -207,6 +207,8 @@ def test_an_unknown_flag_or_value_is_named_with_exit_status_2(flags, capsys):
         ("--save_best_by ser --eval_data_path d --eval_strategy epoch", "wanted one of wer, cer, loss"),
         ("--fsdp full_shard", "--deepspeed"),
         (f"--deepspeed {ROOT}/ds_config_zero3.json", "start it with torchrun"),
+        ("--per_device_train_batch_size 0", "wanted 1 or more"),
+        ("--gradient_accumulation_steps 0", "wanted 1 or more"),
         (f"--output_dir {ROOT}/README.md", "a file is there"),
         ("""--gradient_checkpointing_kwargs '{"use_reentrant": true}'""", "wanted false"),
     ],
