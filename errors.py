@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pickle import UnpicklingError
 from typing import Any
 
 UNGATHERED = "tensors of size 0, which ZeRO-3 leaves where weights are saved without being gathered"
@@ -54,8 +55,6 @@ def nearest(name: str, names: list[str]) -> str:
 @contextmanager
 def as_input_error(name: str, what: str, wanted: str) -> Iterator[None]:
     """Whatever the libraries raise for the files of a model inside this block becomes an InputError."""
-    from pickle import UnpicklingError
-
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 

@@ -761,10 +761,7 @@ class SpeechLLM(PreTrainedModel):
     def push_to_hub(
         self, repo_id: str, include_frozen: bool = False, revision: str | None = None, state_dict=None, **options
     ) -> str:
-        """Upload what `save_pretrained` writes, and a model card, to a repository on the Hub; the commit's address.
-
-        `revision` is a branch. `options`: commit_message, token, and those of create_repo: private ...
-        """
+        """Upload what `save_pretrained` writes, and a model card, to the Hub; `options` are those of hub.push."""
         import hub  # an option
 
         config = hub.config_for_others(self.config, self.is_merged)

@@ -201,7 +201,6 @@ def main(argv: list[str] | None = None) -> None:
     options = DecodingOptions(**{option.name: getattr(args, option.name) for option in fields(DecodingOptions)})
     if args.data_path:
         return recognize_manifest(args, options)
-    # One transcript a line; of a file that cannot be read an empty line, and a warning.
     print(*load_model(args).transcribe(args.audio, args.batch_size, args.num_workers, **asdict(options)), sep="\n")
 
 

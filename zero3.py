@@ -38,9 +38,8 @@ def gather(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     weights = {}
     for name, p in parameters.items():
         if p.requires_grad:
-            weights[name] = (
-                safe_get_full_fp32_param(p).cpu().view(getattr(p, "ds_shape", p.shape))
-            )  # ZeRO-2 shards no weights
+            shape = getattr(p, "ds_shape", p.shape)  # ZeRO-2 shards no weights
+            weights[name] = safe_get_full_fp32_param(p).cpu().view(shape)
         else:
             with deepspeed.zero.GatheredParameters([p]):
                 weights[name] = p.detach().float().cpu()
