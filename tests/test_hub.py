@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from runs import assert_same, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import hub as hub_of_transformers
 
 import recognize
 import train
@@ -139,11 +140,12 @@ def hub(tmp_path_factory):
     """A hub of our own, to which this process is online."""
     hub, cache = FakeHub(), tmp_path_factory.mktemp("hub")
     with pytest.MonkeyPatch.context() as patch:
+        for api in (hf_api.api, hub_of_transformers.hf_api()):  # both may have been made before, for another address
+            patch.setattr(api, "endpoint", hub.url)
         for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache)}.items():
             patch.setattr(constants, name, value)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-        patch.setattr(hf_api.api, "endpoint", hub.url)
         yield hub
     hub.shutdown()
     hub.server_close()

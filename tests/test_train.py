@@ -559,6 +559,7 @@ def test_a_chosen_checkpoint_loses_nothing_of_what_came_later(tmp_path, never_st
         ("--projector_stride 4", "projector_stride", ("5", "4")),
         ("--gradient_accumulation_steps 2", "gradient_accumulation_steps", ("3", "2")),
         ("--num_train_epochs 3", "num_train_epochs", ("4.0", "3.0")),
+        ("--max_steps 3", "max_steps", ("-1", "3")),
     ],
 )
 def test_a_restart_with_another_setting_is_refused(flags, setting, values, never_stopped, call):
@@ -579,19 +580,20 @@ def test_a_restart_with_other_data_is_refused(change, world, never_stopped, call
     assert ("num_records was 20 and is 19" in error) == (change == "fewer")
 
 
-@pytest.mark.parametrize(
-    ("flags", "told", "steps"),
-    [
-        ("--num_train_epochs 5", "num_train_epochs was 4.0, is 5.0", 20),
-        ("--max_steps 18", "max_steps was -1, is 18", 18),
-    ],
-)
-def test_a_run_goes_on_with_a_longer_schedule_and_says_so(flags, told, steps, never_stopped, call, tmp_path):
+def test_a_run_goes_on_for_more_epochs_and_says_so(never_stopped, call, tmp_path):
     shutil.copytree(never_stopped, tmp_path / "run")
-    out = call(train.main, f"{RESUMED} --output_dir {tmp_path}/run {flags}").out
-    assert f"going on from {tmp_path}/run/checkpoint-16\n  {told}\n" in out
-    assert len(losses(tmp_path / "run")) == steps
+    out = call(train.main, f"{RESUMED} --output_dir {tmp_path}/run --num_train_epochs 5").out
+    assert f"going on from {tmp_path}/run/checkpoint-16\n  num_train_epochs was 4.0, is 5.0\n" in out
+    assert len(losses(tmp_path / "run")) == 20
     assert losses(tmp_path / "run")[:16] == losses(never_stopped)
+
+
+def test_a_run_goes_on_for_more_steps_and_says_so(chinese_llm, call, tmp_path):
+    flags = f"{CORPUS} --per_device_train_batch_size 2 --output_dir {tmp_path} --save_steps 2 --max_steps"
+    call(train.main, f"{flags} 2")
+    assert f"{tmp_path}/checkpoint-2\n  max_steps was 2, is 4\n" in call(train.main, f"{flags} 4").out
+    assert checkpoints(tmp_path) == [2, 4] and len(losses(tmp_path)) == 4
+    assert "max_steps was 4 and is 3" in error_of(call, f"{flags} 3")
 
 
 def test_a_run_goes_on_with_lines_appended_to_its_manifest_and_says_so(world, chinese_llm, call, tmp_path):
