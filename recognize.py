@@ -129,7 +129,8 @@ def print_problems_and_score(records: Records, durations: Sequence[float], hypot
         print(f"{len(problems):,} of {len(records):,} utterances have problems:", *problems, sep="\n", file=sys.stderr)
     rows = [(transcript_of(record), hypotheses[i].text, durations[i]) for i, record in enumerate(records)]
     if scored := [row for row in rows if row[0] is not None]:
-        print(score(*zip(*scored, strict=True)).summary() + "; score.py lists them, and why")
+        result = score(*zip(*scored, strict=True))
+        print(result.summary() + "; score.py lists them, and why" * bool(result.hallucinated))
         if len(scored) < len(rows):
             print(f"not scored: {len(rows) - len(scored):,} lines without a reference")
 

@@ -1,25 +1,34 @@
 """The house: how much a reader has to read, what imports what, and that every import is a requirement."""
 
 import ast
-import json
+import multiprocessing
+import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MODEL_FLAGS, ROOT
 
 PATH = ["errors", "manifest", "dataset", "model", "recognize", "train", "score", "hallucination"]  # what one reads
-LOADED = """
-import json, runpy, sys
-sys.argv = [sys.argv[2], *sys.argv[3:]]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
-    print("FILES", json.dumps(sorted(files | {sys.argv[0]})), file=sys.stderr)
-"""
+
+
+def run_and_list_files(script: str, flags: str, folder: str, log: str) -> None:
+    """In a new process, from which our modules are taken out: run a command, and list our files that it has loaded."""
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == ROOT:
+            del sys.modules[name]
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.argv = [script, *flags.split()]
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        runpy.run_path(script, run_name="__main__")
+    files = {Path(getattr(module, "__file__", None) or "/") for module in sys.modules.values()} | {Path(script)}
+    Path(f"{log}.files").write_text("\n".join(path.stem for path in files if path.parent == ROOT))
 
 
 def parse(name: str) -> ast.Module:
@@ -50,18 +59,20 @@ OPTIONS = [name for name in FILES if name not in PATH]
 
 
 @pytest.fixture(scope="module")
-def loaded(world, trained, tmp_path_factory) -> dict[str, list[str]]:
-    """Our files that the two commands load, each in a process of its own, as a user would run them."""
+def loaded(world, trained, launch, tmp_path_factory) -> dict[str, list[str]]:
+    """Our files that the two commands load, each in a process of its own."""
     folder = tmp_path_factory.mktemp("reading")
     training = f"{MODEL_FLAGS} --data_path corpus.jsonl --output_dir {folder}/run --use_cpu --max_steps 2"
     decoding = f"--model_path trained --data_path corpus.jsonl --result_path {folder}/result.txt --max_new_tokens 4"
     files = {}
     for script, flags in (("train", f"{training} --report_to none"), ("recognize", decoding)):
-        command = [sys.executable, "-c", LOADED, "", str(ROOT / f"{script}.py"), *flags.split()]
-        done = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        paths = map(Path, json.loads(re.search(r"^FILES (.*)$", done.stderr, re.MULTILINE)[1]))
-        files[script] = sorted({path.stem for path in paths if path.is_absolute() and path.resolve().parent == ROOT})
+        log = folder / script
+        args = str(ROOT / f"{script}.py"), flags, str(world), str(log)
+        process = multiprocessing.get_context("forkserver").Process(target=run_and_list_files, args=args)
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+        files[script] = sorted(Path(f"{log}.files").read_text().splitlines())
     return files
 
 

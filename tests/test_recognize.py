@@ -1,19 +1,16 @@
 """The recognition command: what it writes, in which order, after a kill, and what it says about bad clips."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import MODEL_FLAGS, ROOT, make_llm, write_manifest
+from conftest import MODEL_FLAGS, make_llm, write_manifest
 
 import recognize
 import score
@@ -77,14 +74,11 @@ def test_a_jsonl_result_holds_key_reference_and_prediction(decoded, world, call)
         assert (row["wav"], row["txt"], row["pred"]) == (rows[number]["wav"], rows[number]["txt"], text)
 
 
-def test_two_processes_under_torchrun_write_the_same_file(decoded, world):
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(ROOT / "recognize.py"), *DECODE.split(), "--result_path", "two.txt"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_write_the_same_file(decoded, world, launch):
+    job = launch("recognize.py", f"{DECODE} --result_path two.txt", processes=2).wait()
+    assert job.status == 0, job.err
     assert lines(world / "two.txt") == lines(world / "decoded.txt")
-    assert done.stdout.count("WER ") == 1
+    assert job.out.count("WER ") == 1
     assert not list(world.glob("two.txt.*"))
 
 
