@@ -579,12 +579,12 @@ class SpeechLLM(PreTrainedModel):
     ) -> list[Hypothesis]:
         """The hypotheses of a batch of `collate` without targets; `speech_embeds` as in `inputs_for_llm`."""
         ids = self.generate(**self.tensors_of(batch), speech_embeds=speech_embeds, **asdict(options)).cpu()  # (B, new)
-        stop_ids = torch.tensor(self.llm.generation_config.eos_token_id)  # several, perhaps
-        has_end = torch.isin(ids, stop_ids).any(1).tolist()  # (B,)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        hypotheses = []
-        for index, bad, text, ends in zip(batch["index"], batch["bad"], texts, has_end, strict=True):
-            no_end = None if ends else f"{records[index]['where']}: no end within {ids.shape[1]} new tokens"
+        is_end = torch.isin(ids, torch.tensor(self.llm.generation_config.eos_token_id))  # any of several stop tokens
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1]).tolist()  # (B,) up to the first
+        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]  # behind the end there is padding
+        texts, hypotheses = self.tokenizer.batch_decode(rows, skip_special_tokens=True), []
+        for index, bad, text, length in zip(batch["index"], batch["bad"], texts, lengths, strict=True):
+            no_end = f"{records[index]['where']}: no end within {length} new tokens" if length == ids.shape[1] else None
             hypotheses.append(Hypothesis(index, "" if bad else " ".join(text.split()), bad or no_end))
         return hypotheses
 

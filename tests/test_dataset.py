@@ -12,7 +12,6 @@ import pytest
 import soundfile
 import torch
 import whisper
-from accelerate.data_loader import BatchSamplerShard
 from conftest import CHATML, make_tokenizer, noise, write_manifest
 from families import LLMS
 from torch.utils.data import BatchSampler, DataLoader
@@ -33,7 +32,6 @@ from errors import BadUtterance, InputError
 from manifest import AUDIO, BOUNDARY, SAMPLE_RATE, SPEECH, Manifest
 from model import log_mel
 from sources import RecordList
-from train import LengthSampler
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -706,79 +704,3 @@ def test_a_dataset_can_be_sent_to_a_process_that_starts_afresh(four):
     again = pickle.loads(pickle.dumps(dataset))
     assert same_features(again[5, 0], dataset[5, 0])
     assert again[2]["bad"] == dataset[2]["bad"]
-
-
-# The order of the utterances
-
-
-def lengths_of(count: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(1, 30, count)
-
-
-def positions_of(sampler: LengthSampler) -> list[int]:
-    return [position for _, position in sampler]
-
-
-@pytest.mark.filterwarnings("ignore:3 utterances")
-@pytest.mark.parametrize("count", [0, 3, 8, 1003])
-def test_every_utterance_comes_once_an_epoch_and_some_again_to_fill_the_last_batch(count):
-    sampler = LengthSampler(lengths_of(count), batch_size=8, seed=0)
-    order = positions_of(sampler)
-    assert set(order) == set(range(count))
-    assert len(order) == len(sampler) == -(-count // 8) * 8
-
-
-def test_the_last_batch_can_be_dropped():
-    sampler = LengthSampler(lengths_of(1003), batch_size=8, seed=0, drop_last=True)
-    order = positions_of(sampler)
-    assert len(order) == len(set(order)) == len(sampler) == 1000
-    with pytest.raises(InputError, match="--dataloader_drop_last: 7 utterances do not fill one batch of 8"):
-        LengthSampler(lengths_of(7), batch_size=8, seed=0, drop_last=True)
-
-
-def test_utterances_too_few_for_a_batch_are_told_how_often_they_come():
-    with pytest.warns(UserWarning, match=r"20 utterances fill a batch of 128: each comes 6\.4 times an epoch"):
-        LengthSampler(lengths_of(20), batch_size=128, seed=0)
-
-
-def test_a_batch_holds_similar_lengths_and_batches_come_in_no_order_of_length():
-    lengths = lengths_of(1600)
-    batches = lengths[positions_of(LengthSampler(lengths, batch_size=8, seed=0))].reshape(-1, 8)
-    assert np.ptp(batches, axis=1).mean() < 1.5  # seconds
-    assert abs(np.corrcoef(batches[:-1].mean(1), batches[1:].mean(1))[0, 1]) < 0.3
-
-
-def test_batches_may_hold_any_lengths():
-    lengths = lengths_of(1600)
-    order = positions_of(LengthSampler(lengths, batch_size=8, seed=0, by_length=False))
-    assert sorted(order) == list(range(1600))
-    assert np.ptp(lengths[order].reshape(-1, 8), axis=1).mean() > 20  # seconds
-
-
-def test_the_order_is_another_each_epoch_and_seed_and_else_the_same():
-    lengths = lengths_of(200)
-    orders = {
-        (seed, epoch): positions_of(LengthSampler(lengths, 8, seed, lambda epoch=epoch: epoch))
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    }
-    assert len({tuple(order) for order in orders.values()}) == 4
-    assert orders[1, 0] == positions_of(LengthSampler(lengths, 8, seed=1))
-
-
-def test_each_position_comes_with_its_epoch_which_the_augmentation_depends_on():
-    sampler = LengthSampler(lengths_of(16), 8, seed=0, epoch=lambda: 5)
-    assert {epoch for epoch, _ in sampler} == {5}
-
-
-def test_each_optimiser_step_sees_the_same_utterances_on_any_number_of_processes():
-    def steps(processes: int, accumulation: int, size: int) -> list[set[int]]:
-        sampler = LengthSampler(lengths_of(160), processes * accumulation * size, seed=3)
-        batches = BatchSampler(sampler, size, drop_last=False)
-        shards = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
-        rows = [sum(parts, []) for parts in zip(*shards, strict=True)]  # what all processes see at once
-        return [set(sum(rows[n : n + accumulation], [])) for n in range(0, len(rows), accumulation)]
-
-    wanted = steps(1, 1, 16)
-    assert len(wanted) == 10
-    assert steps(2, 1, 8) == steps(4, 2, 2) == steps(1, 4, 4) == wanted

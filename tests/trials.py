@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import noise
 
 from dataset import SpeechDataset, collate
-from model import SpeechLLM
+from model import DecodingOptions, SpeechLLM
 
 SMALL = {"projector_hidden_size": 32, "projector_num_layers": 2}
 
@@ -38,8 +38,9 @@ def decode(model: SpeechLLM, dataset: SpeechDataset, batch_size: int = 16, **opt
 
 def texts(model: SpeechLLM, examples: list[dict]) -> list[str]:
     """The first tokens of the answers to examples in one batch, by beam search."""
-    batch = model.tensors_of(collate(examples, with_targets=False))
-    return model.tokenizer.batch_decode(model.generate(**batch, num_beams=2, max_new_tokens=3))
+    options = DecodingOptions(num_beams=2, max_new_tokens=3)
+    hypotheses = model.decode_batch(collate(examples, with_targets=False), records(), options)
+    return [hypothesis.text for hypothesis in hypotheses]
 
 
 def try_out(model: SpeechLLM) -> None:
