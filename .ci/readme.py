@@ -73,9 +73,11 @@ def fill_folder() -> None:
     links = {path.name: path for path in (*files, *(ROOT / name for name in PROGRAMS), DEMO / "wav")}
     links |= {"train.jsonl": DEMO / "train.jsonl", "test.jsonl": DEMO / "test_known_voices.jsonl"}
     clip = next((DEMO / "wav").rglob("*.wav"))
-    links |= {"dev.jsonl": DEMO / "test_new_voices.jsonl", "a.wav": clip, "b.wav": clip}
+    links |= {"a.wav": clip, "b.wav": clip}
     for name, path in links.items():
         (FOLDER / name).symlink_to(path)
+    dev = (DEMO / "test_new_voices.jsonl").read_text().splitlines(keepends=True)
+    (FOLDER / "dev.jsonl").write_text("".join(dev[:8]))  # an untrained model answers at length
     make_recordings(FOLDER / "recordings")
 
 
