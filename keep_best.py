@@ -12,13 +12,16 @@ from score import METRICS
 
 
 def check(metric: str, args: TrainingArguments) -> None:
-    """Raise InputError for a metric that is not counted, or checkpoints without an evaluation."""
+    """Raise InputError for a metric that is not counted, a second one, or checkpoints without an evaluation."""
     if metric not in (*METRICS, "loss"):
         raise InputError(f"--save_best_by {metric}: wanted one of {', '.join(METRICS)}, loss")
     evaluated, saved = args.eval_strategy, args.save_strategy
     if not (evaluated == saved != "no" and (evaluated == "epoch" or args.save_steps % args.eval_steps == 0)):
         cure = "give --eval_strategy and --save_strategy alike, and --eval_steps that divide --save_steps"
         raise InputError(f"--save_best_by {metric}: every checkpoint wants an evaluation; {cure}")
+    other = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if other not in (metric, "loss"):
+        raise InputError(f"--save_best_by {metric} --metric_for_best_model {other}: one of them is evaluated; choose")
 
 
 class KeepBest(TrainerCallback):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, ROOT, TRAIN_FLAGS
+from conftest import ROOT, TRAIN_FLAGS
 from fake_hub import FakeHub
 from families import ENCODERS, LLMS
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
@@ -15,6 +15,7 @@ from runs import assert_same, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import hub as hub_of_transformers
+from trials import VARIANTS
 
 import recognize
 import train
@@ -60,15 +61,6 @@ def assert_same_model(loaded, model) -> None:
 
 
 # An export: include_frozen=True
-
-VARIANTS = {
-    "as it comes": {},
-    "LoRA on all layers": {"lora_r": 2, "encoder_lora_r": 3, "lora_target_modules": ["all-linear"]},
-    "vectors around a clip": {"audio_boundary_tokens": True},
-    "another template": {"chat_template": CHATML.replace("user", "human"), "system_prompt": "Zwölf | Wörter"},
-    "a layer in the middle": {"encoder_layer": 2},
-    "an encoder that is trained": {"freeze_params": [r"^llm\."]},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

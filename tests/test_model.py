@@ -20,7 +20,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import whisper
-from conftest import CHATML, SAMPLE_RATE, make_llm, make_tokenizer, make_whisper, noise
+from conftest import SAMPLE_RATE, make_llm, make_tokenizer, make_whisper, noise
 from families import ENCODERS, LLMS
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trials import SMALL, decode, examples_of, losses, records, try_out
+from trials import SMALL, VARIANTS, decode, examples_of, losses, records, try_out
 
 from dataset import IGNORE, collate
 from errors import InputError
@@ -998,17 +998,6 @@ def test_a_folder_holds_the_trained_weights_alone_in_fp32_and_a_config(world, bf
     state = load_file(tmp_path / "new" / "run" / "model.safetensors")
     assert state.keys() == {f"projector.{name}" for name in model.projector.state_dict()}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-
-
-VARIANTS = {
-    "as it comes": {},
-    "LoRA on the LLM": {"lora_r": 4},
-    "LoRA on all layers": {"lora_r": 2, "encoder_lora_r": 3, "lora_target_modules": ["all-linear"]},
-    "vectors around a clip": {"audio_boundary_tokens": True},
-    "a template of its own": {"chat_template": CHATML.replace("user", "human"), "system_prompt": "Zwölf | Wörter"},
-    "a layer in the middle": {"encoder_layer": 2},
-    "an encoder that is trained": {"freeze_params": [r"^llm\."]},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,12 +3,21 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import noise
+from conftest import CHATML, noise
 
 from dataset import SpeechDataset, collate
 from model import DecodingOptions, SpeechLLM
 
 SMALL = {"projector_hidden_size": 32, "projector_num_layers": 2}
+VARIANTS = {  # of a model that is saved and loaded
+    "as it comes": {},
+    "LoRA on the LLM": {"lora_r": 4},
+    "LoRA on all layers": {"lora_r": 2, "encoder_lora_r": 3, "lora_target_modules": ["all-linear"]},
+    "vectors around a clip": {"audio_boundary_tokens": True},
+    "a template of its own": {"chat_template": CHATML.replace("user", "human"), "system_prompt": "Zwölf | Wörter"},
+    "a layer in the middle": {"encoder_layer": 2},
+    "an encoder that is trained": {"freeze_params": [r"^llm\."]},
+}
 
 
 def records(seconds: tuple[float, ...] = (0.9, 2.3, 0.5)) -> list[dict]:
