@@ -207,7 +207,7 @@ def test_an_unknown_flag_or_value_is_named_with_exit_status_2(flags, capsys):
         ("--save_best_by wer --eval_data_path d --eval_strategy steps --eval_steps 30 --save_steps 100", "divide"),
         ("--save_best_by wer --eval_data_path d --eval_strategy epoch --save_steps 100", "alike"),
         ("--save_best_by ser --eval_data_path d --eval_strategy epoch", "wanted one of wer, cer, loss"),
-        ("--save_best_by wer --eval_data_path d --eval_strategy steps --eval_steps 5 --metric_for_best_model cer", "choose"),
+        ("--save_best_by cer --eval_data_path d --eval_strategy steps --metric_for_best_model wer", "choose"),
         ("--fsdp full_shard", "--deepspeed"),
         (f"--deepspeed {ROOT}/ds_config_zero3.json", "start it with torchrun"),
         ("--per_device_train_batch_size 0", "wanted 1 or more"),
