@@ -139,3 +139,10 @@ def test_minor_versions_are_pinned_where_private_hooks_are_used():
     text = (ROOT / "requirements.txt").read_text()
     for package in ("transformers", "deepspeed"):
         assert re.search(rf"^{package}>=[\d.]+,<\d+\.\d+\b", text, re.MULTILINE), package
+
+
+def test_the_readmes_name_files_that_exist():
+    for readme in (ROOT / "README.md", *ROOT.glob("recipes/*/README.md")):
+        names = re.findall(r"`((?:tests|tools|demo|recipes)/[\w./]*|\w+\.py)`", readme.read_text())
+        assert len(names) > 1 or readme.parent != ROOT
+        assert not [name for name in names if not (ROOT / name).exists()], readme
