@@ -219,7 +219,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             for index in indices.tolist():
                 record = self.records[index]
                 try:
-                    durations[index] = audio_seconds(record)
+                    durations[index] = audio_seconds(record)  # from headers alone
                 except BadUtterance as error:
                     bad[index] = f"{record['where']}: {error}"
 

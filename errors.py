@@ -36,7 +36,7 @@ def run(main: Callable[[], None], cure: str = "") -> None:
         # A DataLoader worker puts its whole traceback into the message; the last part is ours.
         message = re.split(r"\n\S*(?:BadUtterance|InputError): ", str(error).strip())[-1]
         tqdm.write(f"error: {message}{cure if isinstance(error, BadUtterance) else ''}", file=sys.stderr)
-        status = 2
+        status = 2  # as argparse ends after wrong flags
     processes = sys.modules.get("torch.distributed")
     if processes and processes.is_available() and processes.is_initialized():
         import distributed  # an option
@@ -48,7 +48,7 @@ def run(main: Callable[[], None], cure: str = "") -> None:
 
 def nearest(name: str, names: list[str]) -> str:
     """`; did you mean prompt?`, or nothing if no name is like it."""
-    near = get_close_matches(name.lower(), names, 1, cutoff=0.4)
+    near = get_close_matches(name.lower(), names, 1, cutoff=0.4)  # the best one, or none
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -61,7 +61,7 @@ def as_input_error(name: str, what: str, wanted: str) -> Iterator[None]:
     of_python = (OSError, ValueError, RuntimeError, LookupError, TypeError, EOFError, ImportError, UnpicklingError)
     try:
         yield
-    except InputError:
+    except InputError:  # says it already
         raise
     except (*of_python, SafetensorError, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
@@ -80,7 +80,7 @@ def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = ()
     logging.set_verbosity_error()  # transformers' own tables of weights; what matters in them is told below
     try:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, in one line
-        model, info = model_class.from_pretrained(name, **options)
+        model, info = model_class.from_pretrained(name, **options)  # info: which weights did not fit
     finally:
         logging.set_verbosity(verbosity)
     for key, found, wanted in sorted(info["mismatched_keys"])[:1]:
@@ -90,7 +90,7 @@ def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = ()
     if missing := sorted(key for key in info["missing_keys"] if not key.endswith(may_lack)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name}: weights that config.json promises are missing: {missing[0]}{more}")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules())  # by name
     # The layer is there and has no such weight. Weights of whole parts that are not there are left out on purpose.
     misplaced = [key for key in sorted(info["unexpected_keys"]) if modules.get(key.rpartition(".")[0], model) != model]
     if misplaced:

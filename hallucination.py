@@ -64,7 +64,7 @@ def hallucination(reference: str, hypothesis: str, duration_seconds: float | Non
     """Why the hypothesis is no attempt at a transcript, or None. The rules stand at the top of this file."""
     if hypothesis == reference:
         return None
-    plain_hypothesis = plain_text(hypothesis)
+    plain_hypothesis = plain_text(hypothesis)  # as CHAT is written
     if (chat := CHAT.search(plain_hypothesis)) and not is_spoken(chat.group(), plain_text(reference)):
         return f'chat: "{shorten(chat.group(), 60)}"'
     if loop := find_loop(plain_hypothesis, reference):
@@ -96,8 +96,8 @@ def find_loop(plain_hypothesis: str, reference: str) -> str | None:
         return None  # most lines end here
     reference_tokens = tokens_of(plain_text(reference))
     for n in range(1, len(tokens) // LOOP_REPEATS + 1):
-        num_repeated, last = longest_repetition(tokens, n)
-        num_spoken, _ = longest_repetition(reference_tokens, n)
+        num_repeated, last = longest_repetition(tokens, n)  # tokens; index of the last of them
+        num_spoken, _ = longest_repetition(reference_tokens, n)  # somebody may have said it so often
         if num_repeated >= n * (LOOP_REPEATS - 1) and num_repeated - num_spoken >= LOOP_EXTRA_TOKENS:
             ngram = plain_text(" ".join(tokens[last - n + 1 : last + 1]))
             return f'loop: "{shorten(ngram, 60)}" {num_repeated // n + 1} times in a row'
@@ -122,7 +122,7 @@ def longest_repetition(tokens: list[str], n: int) -> tuple[int, int]:
 def least_seconds(text: str) -> float:
     """The least time in which the text could be said."""
     num_syllabic = len(re.findall(f"[{SYLLABIC}]", text))
-    num_letters = len("".join(text.split())) - num_syllabic
+    num_letters = len("".join(text.split())) - num_syllabic  # of alphabets
     return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND
 
 

@@ -55,7 +55,7 @@ class Manifest(Sequence):
             raise InputError(f"{path}: no such manifest; wanted a file of JSON lines with 'wav' and 'txt'")
         with open(self.path, "rb") as file, ThreadPoolExecutor(8) as pool:
             while lines := list(islice(file, 16_000)):
-                records = []
+                records = []  # of these lines alone
                 for number, line in enumerate(lines, len(durations) + 1):
                     records.append(parse_line(line, f"{path}:{number}", needs_text))
                     self.offsets.append(self.offsets[-1] + len(line))
@@ -87,7 +87,7 @@ class Manifest(Sequence):
         return without_nulls(record) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
 
     def fingerprint(self, count: int | None = None) -> str:
-        digest = sha256()
+        digest = sha256()  # of the bytes: the file is not parsed again
         with open(self.path, "rb") as file:
             for line in islice(file, count):
                 digest.update(line.rstrip(b"\r\n") + b"\n")  # the last line may lack its end until more is appended
@@ -142,16 +142,16 @@ def transcript_of(record: dict) -> str | None:
     """What was said in a record, the last answer of a conversation; None if it does not tell."""
     if "messages" not in record:
         return record.get("txt")
-    last = record["messages"][-1] if record["messages"] else {}
+    last = record["messages"][-1] if record["messages"] else {}  # turn
     return last.get("content") if last.get("role") == "assistant" else None
 
 
 def key_of(record: dict) -> str:
     """The id of a record: its `key`, else the stem of its file, else the number of its line."""
     if "key" in record:
-        return str(record["key"])
+        return str(record["key"])  # numbers, too
     if isinstance(record.get("wav"), (str, Path)):
-        return Path(record["wav"]).stem
+        return Path(record["wav"]).stem  # "a/b.wav" -> "b"
     return f"line{record['where'].replace(':', ' ').split()[-1]}"
 
 
@@ -165,17 +165,17 @@ def clips_of(record: dict) -> list[Clip]:
     """The clips of a record, in order."""
     start, seconds = record.get("start", 0), record.get("duration") if "start" in record else None
     end = record.get("end", None if seconds is None else start + seconds)
-    clips = [Clip(record.get("wav"), start, end)]
+    clips = [Clip(record.get("wav"), start, end)]  # one, but in a conversation
     if "messages" in record:
         clips = [Clip(audio) for turn in record["messages"] for audio in turn.get("audio", [])]
-    folder = record.get("folder", Path())
+    folder = record.get("folder", Path())  # of the manifest
     return [clip._replace(audio=folder / clip.audio) if isinstance(clip.audio, (str, Path)) else clip for clip in clips]
 
 
 def stated_seconds(record: dict) -> float:
     """Seconds of audio, as a record itself tells; NaN where only the header of a file would."""
     if "end" in record:
-        return record["end"] - record.get("start", 0)
+        return record["end"] - record.get("start", 0)  # without a look at the audio
     if "duration" in record:
         return record["duration"]
     if isinstance(record.get("wav"), (str, Path, type(None))):

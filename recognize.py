@@ -73,7 +73,7 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # a GPU for each process
     names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize frozen_dtype"
     overrides = {name: getattr(args, name) for name in names.split() if getattr(args, name)}
-    path = args.projector_model_path or args.model_path
+    path = args.projector_model_path or args.model_path  # the one says no more than the other
     model = SpeechLLM.from_pretrained(path, args.revision, device, **overrides)
     if args.merge_lora:
         model.merge_lora()
@@ -96,7 +96,7 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
         rank, wait_for_all = int(os.environ["RANK"]), distributed.join()
     model = load_model(args)
     dataset = model.decoding_dataset(records, options)
-    key = key_of_result(model, records, options)
+    key = key_of_result(model, records, options)  # the same on all processes
     finished, foreign = read_unfinished(args.result_path, key)
     wait_for_all()  # all have read before anyone writes
     if rank == 0 and finished:
@@ -109,7 +109,7 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
 
     todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
     share = todo[rank::num_processes]  # long and short ones for every process
-    begin, audio_seconds = time.perf_counter(), 0.0
+    begin, audio_seconds = time.perf_counter(), 0.0  # for the real-time factor
     bar = tqdm(total=len(share), unit="utt", disable=rank > 0)
     with open_unfinished(args.result_path, key, rank) as file, bar:
         for hypotheses in model.decode(dataset, share, args.batch_size, args.num_workers, options):
@@ -119,7 +119,7 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
             bar.update(len(hypotheses))
     wait_for_all()
     if rank == 0:
-        finished, _ = read_unfinished(args.result_path, key)
+        finished, _ = read_unfinished(args.result_path, key)  # those of all processes
         write_result(args.result_path, records, finished)
         print_problems_and_score(records, dataset.durations, finished)
 
@@ -156,10 +156,10 @@ def unfinished_files(result_path: str) -> list[Path]:
 
 def read_unfinished(result_path: str, key: str) -> tuple[dict[int, Hypothesis], list[Path]]:
     """Finished hypotheses by index, and the files with another key, which are of no use."""
-    finished, foreign = {}, []
+    finished, foreign = {}, []  # by index; of another key
     for path in unfinished_files(result_path):
         head, *lines = path.read_bytes().split(b"\n")[:-1] or [b"null"]  # a line without its end was torn by the kill
-        if json.loads(head) == key:
+        if json.loads(head) == key:  # the same model, records and options
             finished |= {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
         else:
             foreign.append(path)
@@ -170,9 +170,9 @@ def open_unfinished(result_path: str, key: str, rank: int) -> BinaryIO:
     """This process's file, open for writing behind its last whole line."""
     path = Path(f"{result_path}.partial-{rank}")
     if not path.exists():
-        path.write_text(json.dumps(key) + "\n")
+        path.write_text(json.dumps(key) + "\n")  # the first line
     file = open(path, "r+b")  # noqa: SIM115
-    file.seek(file.read().rfind(b"\n") + 1)
+    file.seek(file.read().rfind(b"\n") + 1)  # behind the last whole line
     file.truncate()  # cuts a torn line off
     return file
 
@@ -189,7 +189,7 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
     with open(f"{result_path}.whole", "w", encoding="utf-8") as file:
         for index, record in enumerate(records):
             row = asdict(hypotheses[index])
-            text = row.pop("text")
+            text = row.pop("text")  # named pred in the file, as its users know it
             row = {"key": key_of(record), "wav": record.get("wav"), "txt": transcript_of(record), "pred": text} | row
             file.write((json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else text) + "\n")
     os.replace(f"{result_path}.whole", result_path)  # in one step

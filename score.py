@@ -116,12 +116,12 @@ def score(
     metric = choose_metric(references) if metric == "auto" else metric
     normalize, tokens_of = NORMALIZERS[normalizer](), METRICS[metric]  # text -> text -> tokens
 
-    alignments = [
+    alignments = [  # token by token, line by line
         align(tokens_of(normalize(reference)), tokens_of(normalize(hypothesis)))
         for reference, hypothesis in zip(references, hypotheses, strict=True)
     ]
     lines = [Counts(a.substitutions, a.deletions, a.insertions, len(a.references[0])) for a in alignments]
-    reasons = map(hallucination, references, hypotheses, durations)
+    reasons = map(hallucination, references, hypotheses, durations)  # why a line is left out, or None
     hallucinated = {index: reason for index, reason in enumerate(reasons) if reason}
     others = [counts for index, counts in enumerate(lines) if index not in hallucinated]  # the second figure
     return Score(metric, normalizer, total(lines), total(others), hallucinated, lines, alignments)
@@ -139,7 +139,7 @@ def total(lines: Sequence[Counts]) -> Counts:
 
 def choose_metric(references: Sequence[str]) -> str:
     """cer where most letters are Chinese, Japanese or Thai, else wer. Korean has spaces: wer."""
-    text = "".join(references)
+    text = "".join(references)  # a letter counts, a mark or digit does not
     num_unspaced = len(re.findall(f"[{UNSPACED}]", text))
     return "cer" if num_unspaced > len(re.findall(rf"[^\W\d_{UNSPACED}]", text)) else "wer"
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import report  # an option
 
     args = report.parse(argv, METRICS, NORMALIZERS)
-    rows = report.read_rows(args.data_path, args.result_path)
+    rows = report.read_rows(args.data_path, args.result_path)  # checked: a line for a line
     result = score(rows.references, rows.hypotheses, rows.durations, args.metric, args.normalizer)
     print(report.as_json(result, rows) if args.json else report.as_text(result, rows, METRICS[result.metric].__doc__))
 

@@ -7,6 +7,7 @@
 The flags can stand in a YAML file, and the command line wins: python train.py recipes/whisper_qwen.yaml --bf16 False
 """
 
+import gc
 import json
 import math
 import os
@@ -81,7 +82,7 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
             parser.add_argument(*names, dest=action.dest, default=SUPPRESS, help=SUPPRESS, **same)
     flags = sorted(name for action in parser._actions for name in action.option_strings)
     if argv and argv[0] == "--config":
-        argv = argv[1:]
+        argv = argv[1:]  # train.py --config FILE.yaml, as other trainers have it
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = [*flags_of_file(argv[0], flags), *argv[1:]]  # of two values the later wins
     try:
@@ -100,12 +101,12 @@ def flags_of_file(path: str, flags: list[str]) -> list[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    sections = [content]
+    sections = [content]  # the keys that stand in none
     if isinstance(content, dict):
         sections += [content.pop(name) or {} for name in SECTIONS if name in content]
     if not all(isinstance(section, dict) for section in sections):
         raise InputError(f"{path}: wanted keys and values: the names of train.py's flags, perhaps under {SECTIONS}")
-    argv = []
+    argv = []  # the file, as flags
     for key, value in [pair for section in sections for pair in section.items()]:
         if f"--{key}" not in flags:
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, [flag[2:] for flag in flags])}")
@@ -158,7 +159,7 @@ class LengthSampler(torch.utils.data.Sampler):
     def __init__(
         self, lengths: np.ndarray, batch_size: int, seed: int, epoch=lambda: 0, by_length=True, drop_last=False
     ):
-        self.lengths, self.batch_size, self.by_length = lengths, batch_size, by_length
+        self.lengths, self.batch_size, self.by_length = lengths, batch_size, by_length  # seconds; clips of a step
         self.seed, self.epoch, count = seed, epoch, len(lengths)
         self.num_batches = count // batch_size if drop_last else -(-count // batch_size)
         if drop_last and not self.num_batches:
@@ -175,9 +176,9 @@ class LengthSampler(torch.utils.data.Sampler):
         random = np.random.default_rng([self.seed, epoch])  # another order every epoch
         order = np.resize(random.permutation(len(self.lengths)), len(self))  # wraps around to fill the last batch
         if self.by_length:
-            groups = np.split(order, range(50 * size, len(order), 50 * size))
+            groups = np.split(order, range(50 * size, len(order), 50 * size))  # of 50 batches
             order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
-            order = random.permutation(order.reshape(-1, size)).ravel()
+            order = random.permutation(order.reshape(-1, size)).ravel()  # whole batches change places
         return ((epoch, position) for position in order.tolist())
 
 
@@ -202,7 +203,7 @@ class SpeechTrainer(Trainer):
             return super()._get_train_sampler(dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         # The order is the same for any number of processes and accumulation steps with the same total batch.
-        total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # clips a step
         durations, epoch = dataset.durations[dataset.indices], lambda: self.epoch
         by_length = args.train_sampling_strategy == "group_by_length"
         return LengthSampler(durations, total, seed, epoch, by_length, args.dataloader_drop_last)
@@ -215,7 +216,7 @@ class SpeechTrainer(Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.skipped |= set(filter(None, inputs["bad"]))
-        self.has_learnt |= None in inputs["bad"]
+        self.has_learnt |= None in inputs["bad"]  # a clip of the batch was good
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
@@ -245,7 +246,7 @@ class SpeechTrainer(Trainer):
 
             state = zero3.gather(self.model.parameters_to_save())
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state)
+            self.model.save_pretrained(output_dir, state_dict=state)  # what was trained, and config.json
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
             Path(output_dir, "skipped.json").write_text(json.dumps(sorted(skipped)) + "\n")
             if self.args.push_to_hub and not _internal_call:
@@ -253,7 +254,7 @@ class SpeechTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics, skipped = evaluate(self.model, eval_dataset or self.eval_dataset, self.args, self.eval_metric)
-        self.skipped |= skipped
+        self.skipped |= skipped  # told at the end of the run
         self.model.config.training |= {f"evaluation {name}": round(value, 4) for name, value in metrics.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)  # into trainer_state.json, and where --report_to says
@@ -270,8 +271,8 @@ class ShowLoss(ProgressCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        loss = sum(self.trainer.step_losses)
-        self.trainer.step_losses.clear()
+        loss = sum(self.trainer.step_losses)  # of the micro-batches
+        self.trainer.step_losses.clear()  # for the next step
         if self.training_bar is not None:
             self.training_bar.set_postfix(loss=f"{float(loss):.3f}")
 
@@ -314,8 +315,8 @@ def evaluate(
                 texts[hypothesis.index] = hypothesis.text
     for part in gather_object([(losses, tokens, texts, bad)]):
         for values, others in zip((losses, tokens, texts, bad), part, strict=True):
-            values.update(others)
-    good = sorted(losses.keys() - bad.keys())
+            values.update(others)  # an utterance that came twice counts once
+    good = sorted(losses.keys() - bad.keys())  # indices, in the order of the records
     if not good:
         raise InputError(f"every evaluation utterance is bad; the first: {min(bad.values())}")
     references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [texts[index] for index in good]
@@ -341,7 +342,7 @@ DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 ad
 def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, records: Records) -> dict:
     """What decides the course of a training run, as train_settings.json holds it."""
     names = [f.name for f in fields(ModelArguments)]
-    groups = ((config, names), (data, DECISIVE_DATA), (args, DECISIVE))
+    groups = ((config, names), (data, DECISIVE_DATA), (args, DECISIVE))  # whose attributes, and which
     settings = {name: getattr(group, name) for group, group_names in groups for name in group_names}
     settings |= {"deepspeed": bool(args.deepspeed), "num_records": len(records), "records": records.fingerprint()}
     return json.loads(json.dumps(settings))  # as they come back from the file
@@ -374,7 +375,7 @@ def step_of(checkpoint: str | Path) -> int | None:
     """The step after which a checkpoint was saved; None if it is not complete."""
     try:
         return json.loads(Path(checkpoint, "trainer_state.json").read_bytes())["global_step"]
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no such file, or torn
         return None
 
 
@@ -384,7 +385,7 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
     Compared is what both sides know. A longer schedule, data appended, and another number of processes are allowed.
     """
     path = Path(checkpoint, "train_settings.json")
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = json.loads(path.read_text()) if path.is_file() else {}  # the settings of the checkpoint
     changed = [name for name in settings if name in before and settings[name] != before[name]]
     allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
     if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
@@ -406,7 +407,7 @@ def describe(model: SpeechLLM) -> str:
     """A table of the parts: parameters, trained ones, their share."""
     rows = ["| module | parameters | trained | share |", "|---|---|---|---|"]
     for name, part in [*model.named_children(), ("all", model)]:
-        total = sum(num_weights(p) for p in part.parameters())
+        total = sum(num_weights(p) for p in part.parameters())  # tied weights once
         trained = sum(num_weights(p) for p in part.parameters() if p.requires_grad)
         rows.append(f"| {name} | {total:,} | {trained:,} | {trained / max(total, 1):.2%} |")
     return "\n".join(rows)
@@ -433,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.deepspeed:
         import zero3  # an option
 
-        zero3.prepare()
+        zero3.prepare()  # before any weight is loaded
     model = SpeechLLM.from_config(config, device=None if args.deepspeed else args.device)  # DeepSpeed moves it itself
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
@@ -453,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     if data.eval_data_path:
         eval_dataset = model.make_dataset(open_records(data.eval_data_path), on_bad=data.on_bad_audio, **limits)
     hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
-    facts = {"data": data.data_path, "utterances": len(dataset), "hours": hours}
+    facts = {"data": data.data_path, "utterances": len(dataset), "hours": hours}  # for config.json
     model.config.training = (model.config.training or {}) | facts
 
     callbacks = []
@@ -461,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
         from keep_best import KeepBest  # an option
 
         callbacks.append(KeepBest(data.save_best_by, args))
-    metric = data.save_best_by or args.metric_for_best_model or "loss"
+    metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     rest = {"callbacks": callbacks, "settings": settings, "eval_metric": metric}
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, **rest)
@@ -482,11 +483,12 @@ def main(argv: list[str] | None = None) -> None:
     if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
         raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
     trainer.skipped |= {reason for part in (dataset, eval_dataset) if part for reason in part.bad.values()}
-    trainer.save_model()
+    trainer.save_model()  # into output_dir itself
     skipped = sorted(trainer.on_all_processes(trainer.skipped))
     if skipped and trainer.is_world_process_zero():
         print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the imports have made stays; walking it again would cost a second at the end of --help
     run(main, cure="; mend it, or pass --on_bad_audio skip")
