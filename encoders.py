@@ -72,7 +72,7 @@ def load(
 
 def read_config(name: str, revision: str | None) -> PreTrainedConfig:
     """The config of a whole checkpoint. Raises InputError."""
-    with as_input_error(name, "a speech encoder", WANTED):
+    with as_input_error(name, "load a speech encoder", WANTED):
         config = AutoConfig.from_pretrained(name, revision=revision)
     if config.to_dict().get("add_adapter"):  # strided convolutions behind the last layer; MMS has adapter_attn_dim
         raise InputError(f"{name}: add_adapter is true in config.json; wanted an encoder that ends with its layers")
@@ -115,7 +115,7 @@ def load_parts(
     **options,
 ) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
     """The model of this config and its feature extractor. `options` go to errors.load_pretrained. Raises InputError."""
-    with as_input_error(name, "a speech encoder", WANTED):
+    with as_input_error(name, "load a speech encoder", WANTED):
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, revision=revision)
         options |= {"config": config, "dtype": dtype or "auto", "revision": revision or "main"}
         model = load_pretrained(model_class, name, **options)

@@ -65,7 +65,7 @@ def as_input_error(name: str, what: str, wanted: str) -> Iterator[None]:
         raise
     except (*of_python, SafetensorError, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
-        raise InputError(f"{name}: cannot load {what} ({reason}); wanted {wanted}") from error
+        raise InputError(f"{name}: cannot {what} ({reason}); wanted {wanted}") from error
 
 
 def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = (), **options) -> Any:

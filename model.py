@@ -205,7 +205,7 @@ def load_encoder(
     name, path = str(name_or_path), Path(name_or_path)
     has_kind = ":" in name and not path.exists()  # KIND:PLACE, for encoders that are not of transformers
     wanted = "a name or .pt file of openai-whisper, or a folder or Hub name in transformers' format"
-    with as_input_error(name, "a speech encoder", wanted):
+    with as_input_error(name, "load a speech encoder", wanted):
         if not (has_kind or path.is_dir()) and (path.suffix == ".pt" or len(path.parts) == 1):
             if revision:
                 raise InputError(f"{name}: revision {revision} of an openai-whisper model, which has none")
@@ -297,7 +297,7 @@ def load_llm(config: SpeechLLMConfig, device=None) -> tuple[transformers.PreTrai
 
         options["quantization_config"] = quantization_config(config.quantize)
     name, revision = config.llm_model_name_or_path, config.llm_revision
-    with as_input_error(name, "the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
+    with as_input_error(name, "load the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         llm = load_pretrained(transformers.AutoModelForCausalLM, name, revision=revision, **options)
     if not tokenizer("Transcribe the speech").input_ids:

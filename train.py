@@ -7,36 +7,38 @@
 The flags can stand in a YAML file, and the command line wins: python train.py recipes/whisper_qwen.yaml --bf16 False
 """
 
-import gc
 import json
-import math
 import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import yaml
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from dataset import IGNORE, SpeechDataset, collate, open_records
-from errors import InputError, nearest, run
-from manifest import DecodingOptions, Records, transcript_of
-from model import AUDIO_INPUTS, ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, option
+from dataset import SpeechDataset, collate, open_records
+from errors import InputError, as_input_error, nearest, run
+from manifest import Records
+from model import ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, option
 
 # Arguments
 
 OTHER_NAMES = {"whisper_model_name_or_path": "encoder_name_or_path", "dtype": "frozen_dtype"}
 OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
-SECTIONS = ("data", "model", "training")  # of a YAML file
 
 
 @dataclass
@@ -51,6 +53,10 @@ class DataArguments:
     augment: list[str] = option([], "names in augment.py, applied in this order")
     projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
     save_best_by: str | None = option(None, "wer, cer, loss: keep the --save_total_limit best checkpoints and the last")
+    select_on: str | None = option(None, "manifest to evaluate and choose by; --eval_data_path then waits for the end")
+    log_predictions: int = option(0, "clips to show with all that the LLM reads and writes, in training and evaluation")
+    log_predictions_steps: int = option(50, "in training show them every so many steps")
+    overfit: int = option(0, "train on this many clips until no word of them is wrong, or say why not")
 
 
 @dataclass
@@ -58,12 +64,15 @@ class TrainArguments(TrainingArguments):
     """transformers.TrainingArguments with the defaults that this model needs."""
 
     train_sampling_strategy: str = option("group_by_length", "group_by_length = similar lengths in a batch; random")
+    report_to: str = option("auto", "tensorboard, wandb ... or none; auto = TensorBoard where it is installed")
     remove_unused_columns: bool = False  # utterances have none
     ddp_find_unused_parameters: bool = False
 
     def __post_init__(self):
         if self.greater_is_better is None and self.metric_for_best_model:
             self.greater_is_better = False  # transformers thinks so of losses alone
+        if self.report_to == "auto":
+            self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
         self.remove_unused_columns = False  # also where a YAML file says otherwise
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # or --bf16 is refused without a GPU
         super().__post_init__()
@@ -84,7 +93,9 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     if argv and argv[0] == "--config":
         argv = argv[1:]  # train.py --config FILE.yaml, as other trainers have it
     if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = [*flags_of_file(argv[0], flags), *argv[1:]]  # of two values the later wins
+        import config_file  # an option
+
+        argv = [*config_file.flags_of_file(argv[0], flags), *argv[1:]]  # of two values the later wins
     try:
         model, data, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, OSError, ImportError, ArgumentTypeError) as error:
@@ -93,30 +104,6 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
         parser.error(f"unknown arguments: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], flags)}")
     check(data, args)
     return SpeechLLMConfig(**vars(model)), data, args
-
-
-def flags_of_file(path: str, flags: list[str]) -> list[str]:
-    """The command line that a YAML file stands for. Its keys may stand in sections: data, model, training."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    sections = [content]  # the keys that stand in none
-    if isinstance(content, dict):
-        sections += [content.pop(name) or {} for name in SECTIONS if name in content]
-    if not all(isinstance(section, dict) for section in sections):
-        raise InputError(f"{path}: wanted keys and values: the names of train.py's flags, perhaps under {SECTIONS}")
-    argv = []  # the file, as flags
-    for key, value in [pair for section in sections for pair in section.items()]:
-        if f"--{key}" not in flags:
-            raise InputError(f"{path}: unknown key {key!r}{nearest(key, [flag[2:] for flag in flags])}")
-        if value is False and key.endswith("_strategy"):
-            value = "no"  # which YAML reads as false
-        if isinstance(value, list):
-            argv += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return argv
 
 
 def check(data: DataArguments, args: TrainArguments) -> None:
@@ -137,8 +124,10 @@ def check(data: DataArguments, args: TrainArguments) -> None:
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
         raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")
-    if args.eval_strategy != "no" and not data.eval_data_path:
+    if args.eval_strategy != "no" and not (data.eval_data_path or data.select_on or data.overfit):
         raise InputError(f"--eval_strategy {args.eval_strategy.value} wants a manifest; give --eval_data_path")
+    if data.select_on and args.eval_strategy == "no":
+        raise InputError(f"--select_on {data.select_on}: nothing is evaluated during training; give --eval_strategy")
     if data.save_best_by:
         import keep_best  # an option
 
@@ -192,6 +181,7 @@ class SpeechTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings, self.eval_metric = settings, eval_metric  # settings: for train_settings.json
         self.step_losses: list[torch.Tensor] = []  # of the micro-batches of this step, for the progress bar
+        self.meters = self.predictions = None  # options: a Meters, a PredictionLog
         self.skipped: set[str] = set()  # why utterances were skipped
         self.epoch = 0  # which decides the order of the clips, and their augmentation
         self.has_learnt = False  # from one good utterance at least
@@ -214,15 +204,30 @@ class SpeechTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         self.skipped |= set(filter(None, inputs["bad"]))
         self.has_learnt |= None in inputs["bad"]  # a clip of the batch was good
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.meters:
+            self.meters.count(inputs, outputs.logits)
+        return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):  # before the optimiser takes a step with it
+            clips = ", ".join(self.train_dataset.records[index]["where"] for index in inputs["index"])
+            cure = "look at these clips; try a lower --learning_rate or --max_grad_norm"
+            raise InputError(f"the loss of step {self.state.global_step + 1} is {loss.item()}, with {clips}; {cure}")
         self.step_losses += [] if self.args.disable_tqdm else [loss]
         return loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs | (self.meters.figures() if self.meters and "loss" in logs else {}), *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        wanted = "room on the disk; earlier checkpoints are whole, and the same command goes on from the last"
+        with as_input_error(self.args.output_dir, f"save step {self.state.global_step}", wanted):
+            super()._save_checkpoint(*args, **kwargs)
 
     def on_all_processes(self, values: set) -> set:
         """The values of all processes together."""
@@ -253,13 +258,32 @@ class SpeechTrainer(Trainer):
                 self.model.push_to_hub(self.hub_model_id, state_dict=state, token=self.args.hub_token)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        metrics, skipped = evaluate(self.model, eval_dataset or self.eval_dataset, self.args, self.eval_metric)
-        self.skipped |= skipped  # told at the end of the run
-        self.model.config.training |= {f"evaluation {name}": round(value, 4) for name, value in metrics.items()}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        from evaluate import evaluate  # an option
+
+        dataset = eval_dataset or self.eval_dataset
+        evaluation = evaluate(self.model, dataset, self.args, self.eval_metric)
+        self.skipped |= evaluation.skipped  # told at the end of the run
+        kind = "evaluation" if metric_key_prefix == "eval" else metric_key_prefix
+        self.model.config.training |= {f"{kind} {name}": round(v, 4) for name, v in evaluation.metrics.items()}
+        if self.predictions:
+            self.predictions.show(kind, dataset, evaluation.hypotheses, self.state)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
         self.log(metrics)  # into trainer_state.json, and where --report_to says
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metric_key_prefix == "eval":  # a test set chooses and stops nothing
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class SaveOnSigterm(TrainerCallback):
+    """SIGTERM, as a cluster sends it before it takes a machine away: all processes save after this step, and stop."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.was_sent = accelerator, False
+        signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.accelerator.check_trigger():  # on all processes, whichever got the signal
+            self.was_sent = control.should_save = control.should_training_stop = True
 
 
 class ShowLoss(ProgressCallback):
@@ -277,61 +301,9 @@ class ShowLoss(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(loss):.3f}")
 
 
-# Evaluation
+# What is written down: settings, parts, the experiment
 
-
-def collate_with_prompts(examples: list[dict]) -> tuple[dict, dict]:
-    """The batch with transcripts, for the loss, and the one without, for decoding."""
-    return collate(examples), collate(examples, with_targets=False)
-
-
-@torch.no_grad()
-def evaluate(
-    model: SpeechLLM, dataset: SpeechDataset, args: TrainingArguments, metric: str = "auto"
-) -> tuple[dict[str, float], set[str]]:
-    """{"loss": per trained token, "wer" or another metric: greedy}, and why utterances were skipped.
-
-    Prints the figures and three transcripts. Of W processes each takes every W-th utterance; all get the same result.
-    Shares are equal, as ZeRO-3 wants, so the last may wrap around to the first utterances; these count once.
-    """
-    from score import score
-
-    share = -(-len(dataset) // args.world_size)  # utterances a process
-    positions = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
-    positions.sort(key=lambda position: -dataset.durations[dataset.indices[position]])  # similar lengths in a batch
-    options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
-    losses, tokens, texts, bad = {}, {}, {}, {}  # of each utterance, by index
-    with model.in_eval_mode():
-        for batch, prompts in DataLoader(dataset, args.per_device_eval_batch_size, sampler=positions, **options):
-            tensors = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            audio = {name: tensors.pop(name) for name in AUDIO_INPUTS if name in tensors}
-            speech_embeds = model.embed_speech(**audio)  # once, for loss and decoding
-            logits, labels = model(**tensors, speech_embeds=speech_embeds).logits, tensors["labels"]  # (B, K, V)
-            sums = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)  # (B,)
-            losses |= dict(zip(batch["index"], sums.tolist(), strict=True))
-            tokens |= dict(zip(batch["index"], (labels != IGNORE).sum(1).tolist(), strict=True))
-            bad |= {index: reason for index, reason in zip(batch["index"], batch["bad"], strict=True) if reason}
-            for hypothesis in model.decode_batch(prompts, dataset.records, DecodingOptions(num_beams=1), speech_embeds):
-                texts[hypothesis.index] = hypothesis.text
-    for part in gather_object([(losses, tokens, texts, bad)]):
-        for values, others in zip((losses, tokens, texts, bad), part, strict=True):
-            values.update(others)  # an utterance that came twice counts once
-    good = sorted(losses.keys() - bad.keys())  # indices, in the order of the records
-    if not good:
-        raise InputError(f"every evaluation utterance is bad; the first: {min(bad.values())}")
-    references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [texts[index] for index in good]
-    result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
-    loss = sum(losses[index] for index in good) / sum(tokens[index] for index in good)
-    if args.process_index == 0:
-        print(f"evaluation: loss {loss:.4f}, {result.metric.upper()} {result.all.rate:.2%}; the first lines are:")
-        for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:3]:
-            print(f"  reference  {reference}\n  hypothesis {hypothesis}")
-    return {"loss": loss, result.metric: result.all.rate}, set(bad.values())
-
-
-# Going on after a kill
-
-# Settings that decide the weights, beside those of the model. A run that goes on must not change them.
+# Settings that decide the weights, beside those of the model. A run that goes on must not change them: resume.py.
 DECISIVE_DATA = "model_max_length max_seconds on_bad_audio augment projector_model_path".split()
 DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
     optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
@@ -348,59 +320,36 @@ def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArgumen
     return json.loads(json.dumps(settings))  # as they come back from the file
 
 
-def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
-    """The checkpoint that a training run goes on from: the last complete one in its folder, else the one `chosen`.
-
-    trainer_state.json is written last: a folder without it was torn by a kill. InputError if the checkpoint holds
-    weights alone, or if going on from the chosen one would overwrite later ones.
-    """
-    complete = [path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None]
-    if chosen and step_of(chosen) is None:
-        raise InputError(f"--resume_from_checkpoint {chosen}: no complete checkpoint; leave it out to take the last")
-    if not complete and not chosen:
-        return None
-    folder = max(complete, key=step_of) if complete else Path(chosen)  # the last, if any
-    if chosen:
-        is_inside = Path(chosen).resolve().parent == Path(output_dir).resolve()  # of the folder of this run
-        steps_ahead = step_of(folder) - step_of(chosen)
-        if steps_ahead < 0 or (steps_ahead and is_inside):
-            raise InputError(f"--resume_from_checkpoint {chosen}: {folder} is there too; choose another --output_dir")
-    if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
-        cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
-        raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")
-    return str(folder)
+def record_start(
+    argv: list[str], event: str, model: SpeechLLM, args: TrainArguments, datasets: dict[str, SpeechDataset]
+) -> None:
+    """Append to experiment.md what it takes to repeat this run: command, code, data, parts."""
+    config, rows = model.config, {"command": f"`{shlex.join(['train.py', *argv])}`", "commit": git_commit()}
+    rows["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))
+    rows["device"] = f"{args.world_size} x {torch.cuda.get_device_name() if args.device.type == 'cuda' else 'CPU'}"
+    for use, dataset in datasets.items():
+        hours = dataset.durations[dataset.indices].sum() / 3600
+        rows[use] = f"{len(dataset):,} utterances, {hours:.2f} hours, fingerprint {dataset.records.fingerprint()}"
+    rows["encoder"] = f"{config.encoder_name_or_path}, revision {config.encoder_revision}"
+    rows["LLM"] = f"{config.llm_model_name_or_path}, revision {config.llm_revision}"
+    append_record(args.output_dir, event, rows, describe(model))
 
 
-def step_of(checkpoint: str | Path) -> int | None:
-    """The step after which a checkpoint was saved; None if it is not complete."""
-    try:
-        return json.loads(Path(checkpoint, "trainer_state.json").read_bytes())["global_step"]
-    except (OSError, ValueError):  # no such file, or torn
-        return None
+def append_record(folder: str, event: str, rows: dict, text: str = "") -> None:
+    """Append a table to experiment.md: a killed run, and the one that goes on from it, both stay there."""
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, "experiment.md"), "a", encoding="utf-8") as file:
+        file.write(f"## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {event}\n\n| | |\n|---|---|\n{table}\n{text}\n\n")
 
 
-def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[str]:
-    """What a run does otherwise than the checkpoint that it goes on from, to be told. Raises InputError.
-
-    Compared is what both sides know. A longer schedule, data appended, and another number of processes are allowed.
-    """
-    path = Path(checkpoint, "train_settings.json")
-    before = json.loads(path.read_text()) if path.is_file() else {}  # the settings of the checkpoint
-    changed = [name for name in settings if name in before and settings[name] != before[name]]
-    allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
-    if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
-        allowed |= {"records", "num_records"}  # lines were appended
-    if not settings["deepspeed"]:  # which cannot deal its optimiser's states out anew
-        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-        is_same_batch = math.prod(settings[n] for n in sizes) == math.prod(before.get(n, 0) for n in sizes)
-        allowed |= set(sizes) if is_same_batch else {"world_size"}
-    if contradictions := [name for name in changed if name not in allowed]:
-        changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in contradictions)
-        cure = "restore that, or choose another --output_dir"
-        raise InputError(f"{checkpoint}: this run contradicts it ({changes}); {cure}")
-    unknown = sorted(before.keys() ^ settings.keys())  # fields that one of the two does not have
-    differences = [f"{name} was {before[name]}, is {settings[name]}" for name in changed if name != "records"]
-    return differences + [f"not compared: {', '.join(unknown)}"] * bool(unknown)
+def git_commit() -> str:
+    """The commit of this code, and whether files differ from it; none where it is no git checkout."""
+    if not shutil.which("git"):
+        return "unknown: no git here"
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit, changes = (git(["git", *words]).stdout.strip() for words in (["rev-parse", "HEAD"], ["status", "--short"]))
+    return (commit or "unknown: no git checkout") + ", with changes that are not committed" * bool(changes)
 
 
 def describe(model: SpeechLLM) -> str:
@@ -421,16 +370,78 @@ def num_weights(p: torch.nn.Parameter) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, data, args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    config, data, args = parse(argv)
     set_seed(args.seed)  # the new weights of the projector
     records = open_records(data.data_path)  # wrong input is told before the model is loaded
+    eval_path = data.select_on or data.eval_data_path
+    eval_records = open_records(eval_path) if eval_path else None
+    test_records = open_records(data.eval_data_path) if data.select_on and data.eval_data_path else None
+    if data.overfit:
+        import overfit  # an option
+
+        records = eval_records = overfit.prepare(records, data.overfit, args)
     settings = settings_of(config, data, args, records)
-    checkpoint, differences = find_checkpoint(args.output_dir, args.resume_from_checkpoint), []
+    checkpoint, differences = None, []
+    if args.resume_from_checkpoint or list(Path(args.output_dir).glob("checkpoint-[0-9]*")):
+        import resume  # an option
+
+        checkpoint = resume.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
-        differences = compare_settings(checkpoint, settings, records)
+        differences = resume.compare_settings(checkpoint, settings, records)
         before = load_config(Path(checkpoint))  # knows the commits of the parts, and an evaluation
         for name in ("encoder_revision", "llm_revision", "training"):
             setattr(config, name, getattr(before, name))
+    model = load_model(config, data, args)
+
+    limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
+    make_dataset = partial(model.make_dataset, on_bad=data.on_bad_audio, **limits)
+    augment = None
+    if data.augment:
+        from augment import Chain  # an option
+
+        augment = Chain(data.augment)
+    dataset = make_dataset(records, augment=augment, seed=args.seed)
+    eval_dataset = make_dataset(eval_records) if eval_records else None
+    test_dataset = make_dataset(test_records) if test_records else None
+    datasets = {"trained on": dataset, "evaluated on": eval_dataset, "tested on": test_dataset}
+    hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
+    facts = {"data": data.data_path, "utterances": len(dataset), "hours": hours}  # for config.json
+    if data.save_best_by or args.load_best_model_at_end:
+        facts["chosen on"] = eval_records.fingerprint()  # an error rate on these is no test
+    model.config.training = (model.config.training or {}) | facts
+
+    trainer = make_trainer(model, data, args, dataset, eval_dataset, settings)
+    sigterm = SaveOnSigterm(trainer.accelerator)
+    trainer.add_callback(sigterm)
+    if checkpoint:
+        trainer.skipped = set(json.loads(Path(checkpoint, "skipped.json").read_text()))
+    if trainer.is_world_process_zero():
+        print(describe(model))
+        if checkpoint:
+            print(f"going on from {checkpoint}", *differences, sep="\n  ")
+        event = f"goes on from {checkpoint}" if checkpoint else "starts"
+        record_start(argv, event, model, args, {use: part for use, part in datasets.items() if part})
+    trainer.train(resume_from_checkpoint=checkpoint)  # None = from the start
+    if sigterm.was_sent:
+        raise InputError(f"SIGTERM: step {trainer.state.global_step} is saved; the same command goes on from it")
+
+    if test_dataset or (eval_dataset and args.eval_strategy == "no"):
+        trainer.save_model(_internal_call=True)  # first, because the evaluation may raise
+        trainer.evaluate(test_dataset, metric_key_prefix="test" if test_dataset else "eval")
+    if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
+        raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
+    trainer.skipped |= {reason for part in datasets.values() if part for reason in part.bad.values()}
+    trainer.save_model()  # into output_dir itself
+    skipped = sorted(trainer.on_all_processes(trainer.skipped))
+    if trainer.is_world_process_zero():
+        append_record(args.output_dir, "is done", model.config.training | {"skipped": len(skipped)})
+    if skipped and trainer.is_world_process_zero():
+        print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
+
+
+def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments) -> SpeechLLM:
+    """The model to train. Raises InputError if nothing of it would be."""
     if args.deepspeed:
         import zero3  # an option
 
@@ -442,53 +453,45 @@ def main(argv: list[str] | None = None) -> None:
         args.ddp_find_unused_parameters = True  # with --encoder_layer the layers' final norm gets no gradient
     if data.projector_model_path:
         model.load_trained(data.projector_model_path, only="projector")  # LoRA may start new beside it
+    return model
 
-    limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
-    augment = None
-    if data.augment:
-        from augment import Chain  # an option
 
-        augment = Chain(data.augment)
-    dataset = model.make_dataset(records, on_bad=data.on_bad_audio, augment=augment, seed=args.seed, **limits)
-    eval_dataset = None
-    if data.eval_data_path:
-        eval_dataset = model.make_dataset(open_records(data.eval_data_path), on_bad=data.on_bad_audio, **limits)
-    hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
-    facts = {"data": data.data_path, "utterances": len(dataset), "hours": hours}  # for config.json
-    model.config.training = (model.config.training or {}) | facts
-
-    callbacks = []
-    if data.save_best_by:
-        from keep_best import KeepBest  # an option
-
-        callbacks.append(KeepBest(data.save_best_by, args))
+def make_trainer(
+    model: SpeechLLM,
+    data: DataArguments,
+    args: TrainArguments,
+    dataset: SpeechDataset,
+    eval_dataset: SpeechDataset | None,
+    settings: dict,
+) -> SpeechTrainer:
+    """The trainer, with what the flags add to it."""
     metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
-    rest = {"callbacks": callbacks, "settings": settings, "eval_metric": metric}
-    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, **rest)
+    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss
-    if checkpoint:
-        trainer.skipped = set(json.loads(Path(checkpoint, "skipped.json").read_text()))
-    if trainer.is_world_process_zero():
-        print(describe(model))
-        if checkpoint:
-            print(f"going on from {checkpoint}", *differences, sep="\n  ")
-    trainer.train(resume_from_checkpoint=checkpoint)  # None = from the start
+    if data.save_best_by:
+        from keep_best import KeepBest  # an option
 
-    if eval_dataset and args.eval_strategy == "no":
-        trainer.save_model(_internal_call=True)  # first, because the evaluation may raise
-        trainer.evaluate()
-    if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
-        raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
-    trainer.skipped |= {reason for part in (dataset, eval_dataset) if part for reason in part.bad.values()}
-    trainer.save_model()  # into output_dir itself
-    skipped = sorted(trainer.on_all_processes(trainer.skipped))
-    if skipped and trainer.is_world_process_zero():
-        print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
+        trainer.add_callback(KeepBest(data.save_best_by, args))
+    if data.overfit:
+        from overfit import StopWhenLearnt  # an option
+
+        trainer.add_callback(StopWhenLearnt())
+    if data.log_predictions:
+        from predictions import PredictionLog  # an option
+
+        trainer.predictions = PredictionLog(
+            dataset, data.log_predictions, data.log_predictions_steps, trainer.callback_handler.callbacks
+        )
+        trainer.add_callback(trainer.predictions)
+    if args.report_to:
+        from meters import Meters  # an option
+
+        trainer.meters = Meters(dataset.durations, args.world_size)
+    return trainer
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what the imports have made stays; walking it again would cost a second at the end of --help
     run(main, cure="; mend it, or pass --on_bad_audio skip")

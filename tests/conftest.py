@@ -1,6 +1,5 @@
 """Tiny real models with random weights, and a corpus of noise: everything that the tests run on."""
 
-import gc
 import io
 import json
 import multiprocessing
@@ -26,7 +25,6 @@ from families import ENCODERS, LLMS, make_llm_tokenizer
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # also for the commands that tests start
 torch.set_num_threads(1)
-gc.freeze()  # the collector need not walk again and again through what the imports have made
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_RATE = 16000

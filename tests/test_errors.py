@@ -91,7 +91,7 @@ def test_the_nearest_name_is_suggested_if_one_is_like_it():
     ],
 )
 def test_what_the_libraries_raise_becomes_wrong_input(error, reason):
-    with pytest.raises(InputError) as raised, as_input_error("some/name", "the LLM", "a folder with an LLM"):
+    with pytest.raises(InputError) as raised, as_input_error("some/name", "load the LLM", "a folder with an LLM"):
         raise error
     assert str(raised.value) == f"some/name: cannot load the LLM ({reason}); wanted a folder with an LLM"
 
@@ -100,16 +100,19 @@ def test_a_file_that_is_cut_off_and_a_long_reason_are_wrong_input_of_one_line(tm
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match=r"^a: cannot load b \(SafetensorError: .*\)"), as_input_error("a", "b", "c"):
+    with (
+        pytest.raises(InputError, match=r"^a: cannot load b \(SafetensorError: .*\)"),
+        as_input_error("a", "load b", "c"),
+    ):
         load_file(path)
-    with pytest.raises(InputError) as raised, as_input_error("a", "b", "c"):
+    with pytest.raises(InputError) as raised, as_input_error("a", "load b", "c"):
         raise ValueError("word " * 1000)
     assert len(str(raised.value)) < 700
 
 
 def test_wrong_input_and_our_own_mistakes_pass_through():
     for error in (InputError("wrong"), BadUtterance("bad"), AssertionError("ours")):
-        with pytest.raises(type(error)) as raised, as_input_error("a", "b", "c"):
+        with pytest.raises(type(error)) as raised, as_input_error("a", "load b", "c"):
             raise error
         assert raised.value is error
 

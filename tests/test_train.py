@@ -6,9 +6,13 @@ the point: a kill, several ranks, an exit status.
 
 import inspect
 import json
+import os
 import re
+import resource
 import shlex
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +23,17 @@ import transformers
 import yaml
 from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT, TRAIN_FLAGS, TRAINED_FLAGS, write_manifest
-from runs import PROJECTOR, assert_same, checkpoints, evaluations, losses, weights
+from runs import PROJECTOR, assert_same, checkpoints, evaluations, history, losses, weights
 from torch.utils.data import BatchSampler
 
 import train
 from dataset import collate
 from errors import BadUtterance, InputError
+from evaluate import evaluate
 from manifest import Manifest
 from model import SpeechLLM
-from train import LengthSampler, find_checkpoint, parse
+from resume import find_checkpoint
+from train import LengthSampler, parse
 
 FLAGS = "--llm_model_name_or_path llm --encoder_name_or_path tiny --data_path train.jsonl --output_dir run --use_cpu"
 
@@ -429,9 +435,10 @@ def test_evaluation_reads_and_encodes_each_clip_once(trained, world, monkeypatch
     monkeypatch.setattr(dataset, "load_audio", lambda path, *times: clips_read.append(path) or load_audio(path, *times))
     model.encoder.register_forward_hook(lambda encoder, inputs, frames: clips_encoded.extend(frames))
     _, _, args = parse([*FLAGS.split(), "--per_device_eval_batch_size", "3"])
-    metrics, skipped = train.evaluate(model, model.make_dataset(Manifest(world / "eval.jsonl")), args)
-    assert metrics.keys() == {"loss", "wer"} and not skipped
-    assert len(clips_read) == len(set(clips_read)) == len(clips_encoded) == 7
+    evaluation = evaluate(model, model.make_dataset(Manifest(world / "eval.jsonl")), args)
+    assert evaluation.metrics.keys() == {"loss", "wer", "listening_gap"} and not evaluation.skipped
+    assert len(set(clips_read)) == 7
+    assert len(clips_read) == len(clips_encoded) == 7 + 2  # the longest two serve the listening gap as well
 
 
 def test_an_evaluation_set_alone_is_evaluated_at_the_end(trained, call, tmp_path):
@@ -872,3 +879,90 @@ def test_each_optimiser_step_sees_the_same_utterances_on_any_number_of_processes
     wanted = steps(1, 1, 16)
     assert len(wanted) == 10
     assert steps(2, 1, 8) == steps(4, 2, 2) == steps(1, 4, 4) == wanted
+
+
+# Nothing is lost
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_once_with_the_clips_of_its_batch(trained, call, world, tmp_path):
+    call(train.main, f"{CORPUS} --max_steps 2 --save_steps 1 --output_dir {tmp_path}")
+    checkpoint = tmp_path / "checkpoint-2"
+    good = weights(checkpoint)
+    flags = f"{CORPUS} --max_steps 4 --save_steps 1 --learning_rate 1e30 --output_dir {tmp_path / 'high'}"
+    with pytest.raises(InputError, match=r"^the loss of step [23] is (nan|inf), with corpus.jsonl:\d+, .*; look at"):
+        call(train.main, flags)
+    assert max(checkpoints(tmp_path / "high"), default=1) <= 2  # the last one is of a step before
+    assert all(torch.isfinite(tensor).all() for tensor in good.values())
+
+
+def terminate_when_started(job, folder: Path, rank: int = 0) -> None:
+    """Send SIGTERM to a rank as soon as the run has written its record, just before the first step."""
+    while not (folder / "experiment.md").is_file():
+        assert job.processes[0].is_alive(), job.err
+        time.sleep(0.01)
+    os.kill(job.processes[rank].pid, signal.SIGTERM)
+
+
+def test_sigterm_saves_first_and_the_same_command_ends_with_the_weights_of_a_run_never_stopped(
+    never_stopped, launch, tmp_path
+):
+    flags = f"{RESUMED} --output_dir {tmp_path}"
+    job = launch("train.py", flags)
+    terminate_when_started(job, tmp_path)
+    assert "is saved; the same command goes on from it" in job.wait().the_error()
+    assert max(checkpoints(tmp_path)) < 16 and not (tmp_path / "model.safetensors").exists()
+    assert launch("train.py", flags).wait().status == 0
+    assert_same(weights(tmp_path), weights(never_stopped))
+
+
+def test_all_processes_save_and_stop_together_whichever_gets_the_sigterm(launch, trained, tmp_path):
+    job = launch("train.py", f"{CORPUS} --max_steps 300 --output_dir {tmp_path}", processes=2)
+    terminate_when_started(job, tmp_path, rank=1)
+    assert "is saved; the same command goes on from it" in job.wait(60).the_error()
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(trained, call, tmp_path):
+    """A limit on the size of files stands for the full disk: writing fails in the same place."""
+    flags = f"{CORPUS} --save_steps 1 --output_dir {tmp_path}"
+    call(train.main, f"{flags} --max_steps 1")
+    before = weights(tmp_path / "checkpoint-1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(
+            InputError, match=r"cannot save step 2 \(.*\); wanted room on the disk; earlier checkpoints"
+        ):
+            call(train.main, f"{flags} --max_steps 2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same(weights(tmp_path / "checkpoint-1"), before)
+    call(train.main, f"{flags} --max_steps 2")
+    assert checkpoints(tmp_path) == [1, 2]
+
+
+# The record of the experiment
+
+
+def test_experiment_md_holds_what_it_takes_to_repeat_the_run_and_what_came_of_it(trained, call, tmp_path):
+    flags = f"{CORPUS} --eval_data_path eval.jsonl --output_dir {tmp_path}"
+    call(train.main, f"{flags} --max_steps 1 --save_steps 1")
+    call(train.main, f"{flags} --max_steps 2 --save_steps 1")
+    text = (tmp_path / "experiment.md").read_text()
+    events = re.findall(r"^## 20\d\d-\d\d-\d\d \d\d:\d\d UTC: (.*)$", text, re.MULTILINE)
+    assert events == ["starts", "is done", f"goes on from {tmp_path}/checkpoint-1", "is done"]
+    assert f"| command | `train.py {flags} --max_steps 1 --save_steps 1` |" in text
+    assert re.search(r"\| commit \| ([0-9a-f]{40}|unknown)", text) and f"torch {torch.__version__}" in text
+    fingerprint = Manifest(trained.parent / "corpus.jsonl").fingerprint()
+    assert f"| trained on | 20 utterances, 0.01 hours, fingerprint {fingerprint} |" in text
+    assert "| evaluation wer |" in text and "| projector |" in text
+
+
+def test_checkpoints_are_chosen_on_one_manifest_and_tested_on_another(trained, call, world, tmp_path):
+    flags = f"{CORPUS} --select_on eval.jsonl --eval_data_path corpus.jsonl --eval_strategy steps --eval_steps 1"
+    flags += f" --save_steps 1 --max_steps 2 --save_best_by loss --output_dir {tmp_path}"
+    call(train.main, flags)
+    facts = json.loads((tmp_path / "config.json").read_text())["training"]
+    assert {"evaluation loss", "test loss", "test wer"} <= facts.keys()
+    assert facts["chosen on"] == Manifest(world / "eval.jsonl").fingerprint()
+    assert [row for row in history(tmp_path) if "test_loss" in row] == []  # the checkpoints never saw it

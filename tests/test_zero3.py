@@ -21,7 +21,7 @@ import zero3
 from errors import InputError
 from manifest import Manifest
 from model import SpeechLLM
-from train import compare_settings
+from resume import compare_settings
 
 DEEPSPEED = f"--deepspeed {ROOT}/ds_config_zero3.json"
 # From https://github.com/wenet-e2e/west, with tiny models on two CPU processes, without --bf16, for three epochs.

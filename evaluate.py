@@ -1,0 +1,121 @@
+"""Evaluation during training: loss, error rate, and whether the model listens to the audio: --eval_data_path."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from dataset import IGNORE, SpeechDataset, collate
+from errors import InputError
+from manifest import SPEECH, DecodingOptions, transcript_of
+from score import score
+
+if TYPE_CHECKING:
+    from model import SpeechLLM
+
+AUDIO = "input_features input_values feature_lengths".split()  # the keys of a batch that embed_speech takes
+DEAF = 0.1  # a listening gap below this, in nats a token: the model writes much the same whatever it hears
+TO_TRY = "a higher --learning_rate, more steps, a smaller --projector_stride, --lora_r 8"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    metrics: dict[str, float]  # loss, listening_gap, and wer or another metric
+    hypotheses: dict[int, str]  # greedy, by the index of the record, of the utterances that could be read
+    skipped: set[str]  # why the others could not
+
+
+def collate_with_prompts(examples: list[dict]) -> tuple[dict, dict]:
+    """The batch with transcripts, for the loss, and the one without, for decoding."""
+    return collate(examples), collate(examples, with_targets=False)
+
+
+@torch.no_grad()
+def evaluate(model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments, metric: str = "auto") -> Evaluation:
+    """The evaluation of all utterances, the same for any number of processes.
+
+    The listening gap is the loss with another clip's audio minus the loss with the right audio, per trained token: near
+    0, the model writes what is likely and not what it hears. Prints the figures and three transcripts. Of W processes
+    each takes every W-th utterance; shares are equal, as ZeRO-3 wants, so the last may wrap around to the first
+    utterances; these count once.
+    """
+    share = -(-len(dataset) // args.world_size)  # utterances a process
+    positions = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
+    positions.sort(key=lambda position: -dataset.durations[dataset.indices[position]])  # similar lengths in a batch
+    options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
+    losses, losses_of_others, tokens, texts, bad = {}, {}, {}, {}, {}  # of each utterance, by index
+    with model.in_eval_mode():
+        others = embeds_of_longest(model, dataset)
+        for batch, prompts in DataLoader(dataset, args.per_device_eval_batch_size, sampler=positions, **options):
+            tensors = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
+            audio = {name: tensors.pop(name) for name in AUDIO if name in tensors}
+            speech_embeds = model.embed_speech(**audio)  # (sum of N, H), once for both losses and decoding
+            wrong_embeds = embeds_of_another(batch, others, speech_embeds)
+            for sums, embeds in ((losses, speech_embeds), (losses_of_others, wrong_embeds)):
+                logits = model(**tensors, speech_embeds=embeds).logits  # (B, K, V)
+                loss = F.cross_entropy(logits.transpose(1, 2), tensors["labels"], reduction="none").sum(1)  # (B,)
+                sums |= dict(zip(batch["index"], loss.tolist(), strict=True))
+            tokens |= dict(zip(batch["index"], (batch["labels"] != IGNORE).sum(1).tolist(), strict=True))
+            bad |= {index: reason for index, reason in zip(batch["index"], batch["bad"], strict=True) if reason}
+            for hypothesis in model.decode_batch(prompts, dataset.records, DecodingOptions(num_beams=1), speech_embeds):
+                texts[hypothesis.index] = hypothesis.text
+    figures = (losses, losses_of_others, tokens, texts, bad)
+    for part in gather_object([figures]):
+        for values, values_there in zip(figures, part, strict=True):
+            values.update(values_there)  # an utterance that came twice counts once
+    good = sorted(losses.keys() - bad.keys())  # indices, in the order of the records
+    if not good:
+        raise InputError(f"every evaluation utterance is bad; the first: {min(bad.values())}")
+    references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [texts[index] for index in good]
+    result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
+    num_tokens = sum(tokens[index] for index in good)
+    loss, loss_of_others = (sum(sums[index] for index in good) / num_tokens for sums in (losses, losses_of_others))
+    metrics = {"loss": loss, result.metric: result.all.rate}
+    if others[1:]:  # one clip alone has no other
+        metrics["listening_gap"] = loss_of_others - loss
+    if args.process_index == 0:
+        print_figures(metrics, result.metric, references, hypotheses)
+    return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), set(bad.values()))
+
+
+def embeds_of_longest(model: "SpeechLLM", dataset: SpeechDataset) -> list[tuple[int, Tensor]]:
+    """(index of the record, speech embeddings (N, H)) of the two longest clips, the same on every process."""
+    lengths = dataset.durations[dataset.indices]
+    examples = [dataset[int(position)] for position in (-lengths).argsort(kind="stable")[:2]]
+    embeds = []
+    for example in examples:  # one by one: short of memory, the longest clip alone is the most that must fit
+        batch = collate([example])
+        audio = {name: batch[name].to(model.device) for name in AUDIO if name in batch}
+        embeds.append((example["index"], model.embed_speech(**audio)))
+    return embeds
+
+
+def embeds_of_another(batch: dict, others: list[tuple[int, Tensor]], speech_embeds: Tensor) -> Tensor:
+    """As many speech embeddings as the batch has (sum of N, H), all of the longest clip; its own of the next longest.
+
+    They are cut to the length of the right ones, or repeated where the only other clip is shorter.
+    """
+    parts = []
+    for row, index in zip(batch["input_ids"], batch["index"], strict=True):
+        embeds = next((embeds for other, embeds in others if other != index), speech_embeds)
+        parts.append(embeds[torch.arange(int((row == SPEECH).sum())) % len(embeds)])
+    return torch.cat(parts)
+
+
+def print_figures(metrics: dict[str, float], rate: str, references: list[str], hypotheses: list[str]) -> None:
+    """The figures of an evaluation, three transcripts, and what to try if the model does not listen."""
+    gap = metrics.get("listening_gap")
+    told = "" if gap is None else f", listening gap {gap:.3f}"
+    print(f"evaluation: loss {metrics['loss']:.4f}, {rate.upper()} {metrics[rate]:.2%}{told}; the first lines are:")
+    for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:3]:
+        print(f"  reference  {reference}\n  hypothesis {hypothesis}")
+    if gap is not None and gap < DEAF:
+        print(
+            "warning: the model does not listen: another clip's audio would do as well. Many learn to only after some"
+        )
+        print(f"  thousand clips. If it stays so, look at a batch (--check), and try {TO_TRY}")

@@ -1,0 +1,63 @@
+"""Going on after a kill: which checkpoint, and what must not have changed since."""
+
+import json
+import math
+from pathlib import Path
+
+from errors import InputError
+from manifest import Records
+
+
+def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
+    """The checkpoint that a training run goes on from: the last complete one in its folder, else the one `chosen`.
+
+    trainer_state.json is written last: a folder without it was torn by a kill. InputError if the checkpoint holds
+    weights alone, or if going on from the chosen one would overwrite later ones.
+    """
+    complete = [path for path in Path(output_dir).glob("checkpoint-[0-9]*") if step_of(path) is not None]
+    if chosen and step_of(chosen) is None:
+        raise InputError(f"--resume_from_checkpoint {chosen}: no complete checkpoint; leave it out to take the last")
+    if not complete and not chosen:
+        return None
+    folder = max(complete, key=step_of) if complete else Path(chosen)  # the last, if any
+    if chosen:
+        is_inside = Path(chosen).resolve().parent == Path(output_dir).resolve()  # of the folder of this run
+        steps_ahead = step_of(folder) - step_of(chosen)
+        if steps_ahead < 0 or (steps_ahead and is_inside):
+            raise InputError(f"--resume_from_checkpoint {chosen}: {folder} is there too; choose another --output_dir")
+    if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
+        cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
+        raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")
+    return str(folder)
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """The step after which a checkpoint was saved; None if it is not complete."""
+    try:
+        return json.loads(Path(checkpoint, "trainer_state.json").read_bytes())["global_step"]
+    except (OSError, ValueError):  # no such file, or torn
+        return None
+
+
+def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[str]:
+    """What a run does otherwise than the checkpoint that it goes on from, to be told. Raises InputError.
+
+    Compared is what both sides know. A longer schedule, data appended, and another number of processes are allowed.
+    """
+    path = Path(checkpoint, "train_settings.json")
+    before = json.loads(path.read_text()) if path.is_file() else {}  # the settings of the checkpoint
+    changed = [name for name in settings if name in before and settings[name] != before[name]]
+    allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
+    if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
+        allowed |= {"records", "num_records"}  # lines were appended
+    if not settings["deepspeed"]:  # which cannot deal its optimiser's states out anew
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+        is_same_batch = math.prod(settings[n] for n in sizes) == math.prod(before.get(n, 0) for n in sizes)
+        allowed |= set(sizes) if is_same_batch else {"world_size"}
+    if contradictions := [name for name in changed if name not in allowed]:
+        changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in contradictions)
+        cure = "restore that, or choose another --output_dir"
+        raise InputError(f"{checkpoint}: this run contradicts it ({changes}); {cure}")
+    unknown = sorted(before.keys() ^ settings.keys())  # fields that one of the two does not have
+    differences = [f"{name} was {before[name]}, is {settings[name]}" for name in changed if name != "records"]
+    return differences + [f"not compared: {', '.join(unknown)}"] * bool(unknown)
