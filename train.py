@@ -433,6 +433,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
     trainer.skipped |= {reason for part in datasets.values() if part for reason in part.bad.values()}
     trainer.save_model()  # into output_dir itself
+    trainer.save_state()  # with the log of all steps and evaluations, for tools/plot.py
     skipped = sorted(trainer.on_all_processes(trainer.skipped))
     if trainer.is_world_process_zero():
         append_record(args.output_dir, "is done", model.config.training | {"skipped": len(skipped)})

@@ -106,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     model = folder / f"run{projector.suffix}"
     projector.run([model.name], train_projector, folder, settings, model)
     stages = [data, llm, encoder, projector]
-    for name in TESTS:
+    for name in (*TESTS, "nothing"):
         stages.append(stage(name, [projector], variant=VARIANT))
-        result = folder / f"result_{name}{projector.suffix}.txt"
+        result = folder / f"result_{name}{projector.suffix}.jsonl"
         stages[-1].run([result.name], recognize, model, folder / f"test_{name}.jsonl", result)
     summarize(folder, settings, stages)
     print(f"{time.perf_counter() - begin:.0f} s; everything is in {folder}/")
@@ -129,7 +129,8 @@ def train_projector(folder: Path, settings: Settings, output_dir: Path) -> None:
     command(
         "train.py",
         *("--llm_model_name_or_path", folder / "llm", "--encoder_name_or_path", encoder),
-        *("--data_path", folder / "train.jsonl", "--output_dir", partial, "--seed", settings.seed),
+        *("--data_path", folder / "train.jsonl", "--eval_data_path", folder / "dev.jsonl"),
+        *("--output_dir", partial, "--seed", settings.seed),
         *("--num_train_epochs", settings.projector_epochs, "--learning_rate", settings.projector_learning_rate),
         *("--per_device_train_batch_size", settings.projector_batch_size // PROCESSES, "--warmup_steps", 0.05),
         *("--projector", settings.projector, "--projector_hidden_size", settings.projector_hidden_size),

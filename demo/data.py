@@ -15,6 +15,8 @@ ACCENTS = ("en-us", "en-gb-x-rp")  # a voice is an accent and one of espeak-ng's
 KNOWN_VOICES = "m1 m2 m3 m4 m6 m7 f1 f2 f3 f5 Andrea Alex belinda adam steph edward".split()
 NEW_VOICES = "m8 f4 linda Michael".split()  # these variants are in no training data, in neither accent
 TESTS = {"known_voices": KNOWN_VOICES, "new_voices": NEW_VOICES}
+NUM_DEV = 64  # sentences in known voices for the evaluation at the end of training
+NOTHING = ("silence", "white noise", "pink noise", "hum", "music")  # what test_nothing.jsonl has, in turn
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|blank|>"]
 BLANK = SPECIAL.index("<|blank|>")  # CTC's blank, and a slot without a word in what the LLM repeats
 CHAT_TEMPLATE = """{% for turn in messages %}<|im_start|>{{ turn.role }}
@@ -116,19 +118,49 @@ def synthesize(jobs: list[tuple]) -> list[float]:
     return seconds
 
 
+def nothing(kind: str, seconds: float, random: np.random.Generator) -> np.ndarray:
+    """Samples (S,) at 16 kHz in which nobody speaks."""
+    time = np.arange(round(seconds * 16000)) / 16000
+    noise = random.normal(0, 1, len(time))
+    if kind == "pink noise":
+        spectrum = np.fft.rfft(noise) / np.sqrt(np.arange(len(time) // 2 + 1) + 1)  # power falls with 1 / frequency
+        noise = np.fft.irfft(spectrum, len(time))
+    if kind == "hum":
+        noise = sum(np.sin(2 * np.pi * 50 * n * time) / n for n in (1, 2, 3, 5))
+    if kind == "music":  # a chord a second, each tone dying away
+        roots = 110 * 2 ** (random.integers(0, 12, round(seconds) + 1) / 12)
+        root, fade = roots[time.astype(int)], np.exp(-2 * (time % 1))
+        noise = fade * sum(np.sin(2 * np.pi * root * ratio * (time % 1)) for ratio in (1, 1.25, 1.5, 2))
+    loudness = 1e-4 if kind == "silence" else random.uniform(0.01, 0.1)
+    return (loudness * noise / noise.std()).astype(np.float32)
+
+
+def make_nothing(folder: Path, count: int, seed: int) -> None:
+    """test_nothing.jsonl: clips of 2 to 6 s without a word in them, whose transcripts are empty."""
+    import soundfile
+
+    random, rows = np.random.default_rng(seed), []
+    for i in range(count):
+        kind, seconds = NOTHING[i % len(NOTHING)], random.uniform(2, 6)
+        samples = nothing(kind, seconds, random)
+        soundfile.write(folder / f"wav/test_nothing_{i:03}.wav", samples, 16000)
+        rows.append({"wav": f"wav/test_nothing_{i:03}.wav", "txt": "", "duration": len(samples) / 16000, "kind": kind})
+    (folder / "test_nothing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def make_data(folder: Path, seed: int, train_sentences: int, test_sentences: int) -> None:
-    """wav/, train.jsonl, test_*.jsonl, and tokenizer/."""
+    """wav/, train.jsonl, dev.jsonl, test_*.jsonl, and tokenizer/."""
     rng, earlier, jobs = random.Random(seed), set(), {}
     shutil.rmtree(folder / "wav", ignore_errors=True)
     (folder / "wav").mkdir()
-    for name, variants in {**TESTS, "train": KNOWN_VOICES}.items():
-        is_train = name == "train"
-        count = train_sentences if is_train else test_sentences
+    counts = {**dict.fromkeys(TESTS, test_sentences), "train": train_sentences, "dev": NUM_DEV}
+    for name, count in counts.items():
+        is_train, variants = name == "train", TESTS.get(name, KNOWN_VOICES)
         for i, text in enumerate(new_sentences(rng, count, earlier)):
             voice = f"{rng.choice(ACCENTS)}+{rng.choice(variants)}"
             prosody = (rng.randint(190, 250), rng.randint(35, 65), rng.randint(35, 65))
             speed = rng.uniform(0.88, 1.14) if is_train else 1.0  # stands for larger and smaller speakers
-            stem = name if is_train else f"test_{name}"
+            stem = f"test_{name}" if name in TESTS else name
             jobs.setdefault(stem, []).append((f"{folder}/wav/{stem}_{i:05}.wav", text, voice, *prosody, speed))
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
         for stem, part in jobs.items():
@@ -140,6 +172,7 @@ def make_data(folder: Path, seed: int, train_sentences: int, test_sentences: int
             ]
             (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(f"      {stem}: {len(rows):,} sentences, {sum(seconds) / 60:.0f} minutes of speech", flush=True)
+    make_nothing(folder, max(test_sentences // 10, len(NOTHING)), seed)
     make_tokenizer(folder / "tokenizer", [text for _, text, *_ in jobs["train"]])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-STAGES = ("data", "llm", "encoder", "projector", "known_voices", "new_voices")
+STAGES = ("data", "llm", "encoder", "projector", "known_voices", "new_voices", "nothing")
 
 
 def say(stage: str, text: str) -> None:

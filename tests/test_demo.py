@@ -19,17 +19,26 @@ def folder(tmp_path_factory):
 
 
 def test_no_test_sentence_and_no_new_voice_is_trained_on(folder):
-    rows = {path.stem: list(open_records(path)) for path in folder.glob("*.jsonl")}
+    rows = {path.stem: list(open_records(path)) for path in folder.glob("*.jsonl") if path.stem != "test_nothing"}
     texts = {name: {row["txt"] for row in part} for name, part in rows.items()}
     voices = {name: {row["voice"].partition("+")[2] for row in part} for name, part in rows.items()}
     assert {name: len(part) for name, part in texts.items()} == {
-        "train": 32, "test_known_voices": 2, "test_new_voices": 2
+        "train": 32, "dev": 64, "test_known_voices": 2, "test_new_voices": 2
     }  # fmt: skip
-    assert not texts["train"] & (texts["test_known_voices"] | texts["test_new_voices"])
+    assert not texts["train"] & (texts["dev"] | texts["test_known_voices"] | texts["test_new_voices"])
     assert not voices["test_new_voices"] & voices["train"]
     for row in rows["train"][:4]:
         samples = load_audio(folder / row["wav"])
         assert len(samples) / 16000 == pytest.approx(row["duration"], abs=1e-3) and samples.std() > 0.01
+
+
+def test_clips_without_speech_have_empty_transcripts(folder):
+    rows = list(open_records(folder / "test_nothing.jsonl"))
+    assert {row["kind"] for row in rows} == set(data.NOTHING) and {row["txt"] for row in rows} == {""}
+    for row in rows:
+        samples = load_audio(folder / row["wav"])
+        assert len(samples) / 16000 == pytest.approx(row["duration"], abs=1e-3)
+        assert (samples.std() < 1e-3) == (row["kind"] == "silence")
 
 
 @pytest.mark.parametrize("encoder", models.RECIPES)
