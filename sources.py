@@ -72,4 +72,46 @@ def nemo(place: str, needs_text: bool) -> Records:
     return RecordList(records)
 
 
-SOURCES: dict[str, Callable[[str, bool], Records]] = {"folder": folder, "nemo": nemo}
+def kaldi(place: str, needs_text: bool) -> Records:
+    """A Kaldi data folder: wav.scp (key, path), text (key, transcript), and perhaps segments (key, file, start, end).
+
+    Paths are relative to the folder in which the command is started, as Kaldi's tools have it.
+    """
+    paths = read_table(Path(place, "wav.scp"))
+    for where, path in paths.values():
+        if path.endswith("|"):
+            raise InputError(
+                f"{where}: {path!r} is a shell command, which is not run; wanted the path of an audio file"
+            )
+    texts = read_table(Path(place, "text")) if needs_text or Path(place, "text").is_file() else {}
+    segments = read_table(Path(place, "segments")) if Path(place, "segments").is_file() else None
+    records = []
+    for key, (where, value) in (paths if segments is None else segments).items():
+        record = {"key": key, "wav": value}
+        if segments is not None:
+            try:
+                recording, start, end = value.split()
+                record |= {"wav": paths[recording][1], "start": float(start), "end": float(end)}
+            except (ValueError, KeyError):
+                raise InputError(f"{where}: {value!r}; wanted a key of wav.scp, start and end in seconds") from None
+        if key in texts:
+            record["txt"] = texts[key][1]
+        check_record(record, where, needs_text)
+        records.append(record | {"where": where})
+    return RecordList(records)
+
+
+def read_table(path: Path) -> dict[str, tuple[str, str]]:
+    """Key -> (file and line, the rest of the line) of a table of Kaldi. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; wanted a Kaldi data folder with wav.scp and text")
+    rows = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), 1):
+        key, _, rest = line.strip().partition(" ")
+        if key in rows:
+            raise InputError(f"{path}:{number}: {key!r} stands in line {rows[key][0].rpartition(':')[2]} too")
+        rows[key] = f"{path}:{number}", rest.strip()
+    return rows
+
+
+SOURCES: dict[str, Callable[[str, bool], Records]] = {"folder": folder, "nemo": nemo, "kaldi": kaldi}

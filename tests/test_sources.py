@@ -88,3 +88,48 @@ def test_an_unknown_kind_is_told_the_known_ones():
         InputError, match=r"^kaldi:data/train: no such file, and no source 'kaldi'; wanted one of folder"
     ):
         open_records("kaldi:data/train")
+
+
+@pytest.fixture
+def kaldi(tmp_path) -> Path:
+    (tmp_path / "wav.scp").write_text("rec1 /data/a.wav\nrec2 b c.flac\n")
+    (tmp_path / "text").write_text("rec1 hello world\nrec2 甚至 出现\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_kaldi_folder_has_a_record_for_each_line_of_wav_scp(kaldi):
+    records = open_records(f"kaldi:{kaldi}")
+    assert [key_of(record) for record in records] == ["rec1", "rec2"]
+    assert [transcript_of(record) for record in records] == ["hello world", "甚至 出现"]
+    assert [clips_of(record)[0].audio for record in records] == [Path("/data/a.wav"), Path("b c.flac")]
+    assert records[1]["where"] == f"{kaldi / 'wav.scp'}:2" and np.isnan(records.durations).all()
+
+
+def test_or_for_each_line_of_segments(kaldi):
+    (kaldi / "segments").write_text("u1 rec1 0.5 2.25\nu2 rec2 0 1\nu3 rec1 3 4\n")
+    (kaldi / "text").write_text("u1 one\nu2 two\nu3 three\n")
+    records = open_records(f"kaldi:{kaldi}")
+    assert [tuple(clips_of(record)[0])[1:] for record in records] == [(0.5, 2.25), (0, 1), (3, 4)]
+    assert records.durations.tolist() == [1.75, 1, 1] and transcript_of(records[2]) == "three"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("wav.scp", "rec1 flac -dc a.flac |\n", r"wav\.scp:1: 'flac .*' is a shell command, and none is run"),
+        ("wav.scp", "rec1 a.wav\nrec1 b.wav\n", r"wav\.scp:2: 'rec1' stands in line 1 too"),
+        ("wav.scp", "rec1 a.wav\nrec3 b.wav\n", r"wav\.scp:2: missing \['txt'\]"),
+        ("segments", "u1 rec1 0.5\n", r"segments:1: 'rec1 0\.5'; wanted a key of wav\.scp, start and end"),
+        ("segments", "u1 rec9 0 1\n", r"segments:1: 'rec9 0 1'; wanted a key of wav\.scp, start and end"),
+        ("segments", "rec1 rec1 2 1\n", r"segments:1: start 2\.0 and end 1\.0; wanted start < end"),
+    ],
+)
+def test_a_kaldi_folder_that_is_wrong_is_told_with_file_and_line(kaldi, name, text, told):
+    (kaldi / name).write_text(text)
+    with pytest.raises(InputError, match=told):
+        open_records(f"kaldi:{kaldi}")
+
+
+def test_a_kaldi_folder_without_wav_scp_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"wav\.scp: no such file; wanted a Kaldi data folder"):
+        open_records(f"kaldi:{tmp_path}")
