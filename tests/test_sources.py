@@ -85,9 +85,9 @@ def test_a_nemo_manifest_that_is_missing_is_an_error(tmp_path):
 
 def test_an_unknown_kind_is_told_the_known_ones():
     with pytest.raises(
-        InputError, match=r"^kaldi:data/train: no such file, and no source 'kaldi'; wanted one of folder"
+        InputError, match=r"^sheet:data/train: no such file, and no source 'sheet'; wanted one of folder"
     ):
-        open_records("kaldi:data/train")
+        open_records("sheet:data/train")
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_or_for_each_line_of_segments(kaldi):
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("wav.scp", "rec1 flac -dc a.flac |\n", r"wav\.scp:1: 'flac .*' is a shell command, and none is run"),
+        ("wav.scp", "rec1 flac -dc a.flac |\n", r"wav\.scp:1: 'flac .*' is a shell command, which is not run"),
         ("wav.scp", "rec1 a.wav\nrec1 b.wav\n", r"wav\.scp:2: 'rec1' stands in line 1 too"),
         ("wav.scp", "rec1 a.wav\nrec3 b.wav\n", r"wav\.scp:2: missing \['txt'\]"),
         ("segments", "u1 rec1 0.5\n", r"segments:1: 'rec1 0\.5'; wanted a key of wav\.scp, start and end"),
