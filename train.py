@@ -57,6 +57,7 @@ class DataArguments:
     log_predictions: int = option(0, "clips to show with all that the LLM reads and writes, in training and evaluation")
     log_predictions_steps: int = option(50, "in training show them every so many steps")
     overfit: int = option(0, "train on this many clips until no word of them is wrong, or say why not")
+    check: int = field(default=0, metadata={"help": "show so many batches, and do not train", "nargs": "?", "const": 1})
 
 
 @dataclass
@@ -411,7 +412,11 @@ def main(argv: list[str] | None = None) -> None:
         facts["chosen on"] = eval_records.fingerprint()  # an error rate on these is no test
     model.config.training = (model.config.training or {}) | facts
 
-    trainer = make_trainer(model, data, args, dataset, eval_dataset, settings)
+    trainer = make_trainer(model, data, args, settings, datasets)
+    if data.check:
+        import inspect_batch  # an option
+
+        return inspect_batch.show(trainer.get_train_dataloader(), dataset, model, args, data.check)
     sigterm = SaveOnSigterm(trainer.accelerator)
     trainer.add_callback(sigterm)
     if checkpoint:
@@ -458,14 +463,10 @@ def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArgument
 
 
 def make_trainer(
-    model: SpeechLLM,
-    data: DataArguments,
-    args: TrainArguments,
-    dataset: SpeechDataset,
-    eval_dataset: SpeechDataset | None,
-    settings: dict,
+    model: SpeechLLM, data: DataArguments, args: TrainArguments, settings: dict, datasets: dict[str, SpeechDataset]
 ) -> SpeechTrainer:
     """The trainer, with what the flags add to it."""
+    dataset, eval_dataset = datasets["trained on"], datasets["evaluated on"]
     metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
@@ -483,9 +484,8 @@ def make_trainer(
     if data.log_predictions:
         from predictions import PredictionLog  # an option
 
-        trainer.predictions = PredictionLog(
-            dataset, data.log_predictions, data.log_predictions_steps, trainer.callback_handler.callbacks
-        )
+        count_and_steps = data.log_predictions, data.log_predictions_steps
+        trainer.predictions = PredictionLog(dataset, *count_and_steps, trainer.callback_handler.callbacks)
         trainer.add_callback(trainer.predictions)
     if args.report_to:
         from meters import Meters  # an option

@@ -1,0 +1,282 @@
+"""One batch as the model gets it, and no training: train.py --check, or --check 3 for the first three batches.
+
+Each utterance is shown token by token: what the LLM reads, the label under it, the attention mask. What would spoil the
+training is marked and ends the command with an InputError: see `problem_of`. Under the batch stand its padding, the
+loss before the first step, and the memory that a step will take: see `Memory`.
+
+Shapes: B batch, L tokens, K last tokens with labels, A audio windows, F feature frames, V vocabulary.
+"""
+
+import io
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from itertools import groupby, islice
+
+import numpy as np
+import torch
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from dataset import IGNORE, WINDOW, SpeechDataset, collate
+from errors import InputError
+from hallucination import GRACE_SECONDS, least_seconds
+from manifest import BOUNDARY, SAMPLE_RATE, SPEECH, transcript_of
+
+PADDING, PROMPT, AUDIO, TRAINED, END, WRONG = "dim", "", "cyan", "green", "reverse green", "bold red"  # styles of rich
+LEGEND = """token: what the LLM reads, "·" for a space, "↵" for a new line. mask: 0 is padding, which nothing sees.
+label: what is trained, under its own token; the LLM predicts it one position earlier. A dash is not trained."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An utterance of a batch."""
+
+    where: str  # file and line of the manifest
+    bad: str | None  # why --on_bad_audio skip leaves it out
+    transcript: str
+    seconds: float  # of audio, as far as the speech embeddings reach
+    ids: list[int]  # (L,)
+    mask: list[int]  # (L,) 0 = padding
+    labels: list[int]  # (L,) IGNORE where nothing is trained
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands at a position of the LLM, or at a run of positions that are alike."""
+
+    token: str
+    label: str
+    mask: str
+    style: str
+
+    @property
+    def width(self) -> int:
+        return max(map(cell_len, (self.token, self.label, self.mask)))  # characters of the terminal
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of tensors in one process at the peak of a training step, estimated.
+
+    Python, the libraries, CUDA's context, the processes that read audio, and what a frozen encoder needs for a moment
+    come on top. So do the activations of one layer with --gradient_checkpointing, and gradients on their way to other
+    processes.
+    """
+
+    weights: int
+    gradients: int  # of what is trained
+    optimizer: int  # AdamW's two means
+    activations: int  # kept for the backward pass; counted in a forward pass
+    logits: int  # their gradients, at the begin of the backward pass
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.name} {getattr(self, part.name) / 1e6:,.0f}" for part in fields(self))
+        return f"{self.total / 1e6:,.0f} MB ({parts})"
+
+
+def show(
+    batches: Iterable[dict], dataset: SpeechDataset, model: nn.Module, args: TrainingArguments, count: int
+) -> None:
+    """Print the first `count` batches of `collate`, and raise InputError if any utterance is wrong.
+
+    Of several processes each checks its own share of a batch, and the first prints.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a token cannot be shown
+    # Colours in a terminal alone; brackets in a text are no markup.
+    console = Console(quiet=args.process_index > 0, highlight=False, markup=False, soft_wrap=True)
+    stop_ids, problems = set(model.llm.generation_config.eos_token_id), []
+    console.print(Text(LEGEND, style=PADDING))
+    for number, batch in enumerate(islice(batches, count), 1):
+        rows = rows_of(batch, dataset)
+        console.print(f"\nbatch {number}: {len(rows)} utterances")
+        for row in rows:
+            problem = problem_of(row, stop_ids)
+            problems += [f"{row.where}: {problem}"] if problem else []
+            print_row(console, row, model.tokenizer, problem)
+        if not any(row.labels.count(IGNORE) < len(row.labels) for row in rows):
+            problems.append(f"{rows[0].where}: batch {number} has not one label")
+        print_sizes(console, batch)
+        if not problems:
+            print_loss_and_memory(console, batch, dataset, model, args)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}")
+    console.print("\nnothing wrong found")
+
+
+def rows_of(batch: dict, dataset: SpeechDataset) -> list[Row]:
+    """The utterances of a batch of `collate`."""
+    # A clip of 30 s has so many embeddings. With --pad_to_30s every clip has: then the manifest tells the seconds.
+    per_second = dataset.embedding_counts[len(dataset.extract(np.zeros(WINDOW, np.float32)))] / WINDOW * SAMPLE_RATE
+    ids, labels = batch["input_ids"], batch["labels"]
+    labels = nn.functional.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)  # (B, K) -> (B, L)
+    rows = []
+    for b, index in enumerate(batch["index"]):
+        record = dataset.records[index]
+        seconds = min((ids[b] == SPEECH).sum().item() / per_second, dataset.durations[index])
+        texts = record["where"], batch["bad"][b], transcript_of(record) or ""
+        rows.append(Row(*texts, seconds, *(x[b].tolist() for x in (ids, batch["attention_mask"], labels))))
+    return rows
+
+
+def problem_of(row: Row, stop_ids: set[int]) -> str | None:
+    """What would spoil the training, or None."""
+    trained = [position for position, label in enumerate(row.labels) if label != IGNORE]
+    if row.bad:
+        return None  # left out, and told
+    if not trained:
+        return "no label: nothing of this utterance is trained"
+    if len(trained) >= sum(row.mask):
+        return "all labels: the prompt is trained too, not the transcript alone"
+    if any(not row.mask[position] or row.ids[position] < 0 for position in trained):
+        return "a label on padding or on speech"
+    if any(row.labels[position] != row.ids[position] for position in trained):
+        return "a label that is not its own token: labels are not to be shifted, the model does that"
+    if row.labels[-1] not in stop_ids:
+        return "no end token under training: the model would never learn to stop"
+    if stops := [position for position in trained[:-1] if row.labels[position] in stop_ids]:
+        return f"an end token inside the transcript, at its token {trained.index(stops[0]) + 1} of {len(trained)}"
+    if (least := least_seconds(row.transcript)) > row.seconds + GRACE_SECONDS:
+        sizes = f"{len(row.transcript)} characters in {row.seconds:.2f} s, where nobody needs less than {least:.2f} s"
+        return f"a transcript longer than its audio can carry: {sizes}"
+    return None
+
+
+def cells_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Cell]:
+    """A cell for each token, and for each run of padding or of speech embeddings."""
+    cells, first_trained = [], next((i for i, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
+    columns = zip(row.ids, row.mask, row.labels, range(len(row.ids)), strict=True)
+
+    def kind(column: tuple[int, int, int, int]) -> tuple:
+        token, mask, label, position = column
+        is_run = label == IGNORE and (not mask or token == SPEECH)
+        return (token, mask) if is_run else (position,)
+
+    for _, columns_alike in groupby(columns, kind):
+        (token, mask, label, position), *others = columns_alike
+        count, last = 1 + len(others), position == len(row.ids) - 1
+        if not mask:
+            text, style = f"padding ×{count}", PADDING
+        elif token == SPEECH:
+            text, style = f"[{count} embeddings]", AUDIO
+        elif token in BOUNDARY:
+            text, style = f"[{'before' if token == BOUNDARY[0] else 'after'} the clip]", AUDIO
+        else:
+            text, style = show_token(tokenizer, token), PROMPT
+        if label != IGNORE:
+            style = END if last else TRAINED
+        elif position > first_trained:
+            style = WRONG  # a hole in the labels
+        cells.append(Cell(text, "-" if label == IGNORE else show_token(tokenizer, label), str(mask), style))
+    return cells
+
+
+def show_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    text = tokenizer.decode([token])
+    if not text.replace("\n", "").isprintable() or "\ufffd" in text:  # a part of a character
+        text = tokenizer.convert_ids_to_tokens(token)
+    return text.replace("\n", "↵").replace(" ", "·") or "''"
+
+
+def print_row(console: Console, row: Row, tokenizer: PreTrainedTokenizerBase, problem: str | None) -> None:
+    """Three lines, token over label over mask, broken where the terminal ends."""
+    num_speech, num_trained = row.ids.count(SPEECH), len(row.labels) - row.labels.count(IGNORE)
+    letters = len("".join(row.transcript.split())) / max(row.seconds, 0.01)
+    sizes = f"{row.seconds:.2f} s, {num_speech} embeddings, {sum(row.mask)} positions, {num_trained} trained"
+    console.print(Text(f"\n{row.where}  {sizes}, {letters:.1f} characters a second"))
+    if row.bad:
+        console.print(Text(f"left out: {row.bad}", style=WRONG))
+    lines = new_lines()
+    for cell in cells_of(row, tokenizer):
+        if lines[0].cell_len + cell.width + 2 > console.width and len(lines[0]) > 6:
+            print_lines(console, lines)
+            lines = new_lines()
+        for line, text in zip(lines, (cell.token, cell.label, cell.mask), strict=True):
+            line.append("  ").append(text, cell.style).append(" " * (cell.width - cell_len(text)))
+    print_lines(console, lines)
+    if problem:
+        console.print(Text(f"wrong: {problem}", style=WRONG))
+
+
+def new_lines() -> list[Text]:
+    return [Text(title) for title in ("token ", "label ", "mask  ")]
+
+
+def print_lines(console: Console, lines: list[Text]) -> None:
+    for line in lines:
+        line.rstrip()
+        console.print(line)
+
+
+def print_sizes(console: Console, batch: dict) -> None:
+    name = "input_values" if "input_values" in batch else "input_features"  # (A, S) or (A, F, M)
+    lengths, mask, labels = batch["feature_lengths"], batch["attention_mask"], batch["labels"]
+    padding = 1 - lengths.sum().item() / math.prod(batch[name].shape[:2])
+    console.print()
+    console.print(f"encoder: {name} {tuple(batch[name].shape)}, {padding:.1%} padding")
+    console.print(f"LLM: input_ids {tuple(mask.shape)}, {1 - mask.float().mean().item():.1%} padding")
+    trained = (labels != IGNORE).sum().item()
+    console.print(f"labels: {tuple(labels.shape)}, {trained} of {mask.sum().item()} positions are trained")
+
+
+def print_loss_and_memory(
+    console: Console, batch: dict, dataset: SpeechDataset, model: nn.Module, args: TrainingArguments
+) -> None:
+    """The loss of a forward pass, and the memory of a step with this batch and with the longest clips of all."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return console.print("loss and memory: not counted under DeepSpeed ZeRO-3, which shares out the weights")
+    if args.gradient_checkpointing:  # as Trainer does it, by the name that its version has
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(args.gradient_checkpointing_kwargs)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None  # of autocast
+    loss, memory = measure_step(model, batch, dtype)
+    num_tokens = model.get_input_embeddings().weight.shape[0]  # V
+    guess = f"a guess among {num_tokens:,} tokens has {math.log(num_tokens):.2f}"
+    console.print(f"loss before the first step: {loss:.2f} a trained token; {guess}")
+    console.print(f"memory, estimated, of the tensors of a step: {memory}")
+    longest = dataset.durations[dataset.indices].argsort()[-args.train_batch_size :]  # positions
+    _, memory = measure_step(model, collate([dataset[position] for position in longest.tolist()]), dtype)
+    console.print(f"with the {len(longest)} longest clips in a batch: {memory}")
+    if not math.isfinite(loss):
+        raise InputError(f"{dataset.records[batch['index'][0]]['where']}: the loss of its batch is {loss}")
+
+
+def measure_step(model: nn.Module, batch: dict, dtype: torch.dtype | None = None) -> tuple[float, Memory]:
+    """The loss of a batch, and the memory of a training step with it; no gradient is computed, no weight changed.
+
+    The forward pass is real: PyTorch tells which tensors it keeps for the backward pass. `dtype` is autocast's.
+    """
+    saved, parameters = {}, list(model.parameters())  # saved: address -> bytes
+    tensors = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    model.train()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast(model.device.type, dtype, enabled=dtype is not None),
+    ):
+        outputs = model(**tensors)
+    weights = storages([*parameters, *model.buffers()])
+    trained = sum(storages([p for p in parameters if p.requires_grad]).values())
+    kept = saved | storages([outputs.logits])
+    activations = sum(size for address, size in kept.items() if address not in weights)
+    logits = 2 * outputs.logits.numel() * outputs.logits.element_size()  # of the softmax, and of the logits
+    return outputs.loss.item(), Memory(sum(weights.values()), trained, 2 * trained, activations, logits)
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Address -> bytes of what holds the tensors; tied weights are there once."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
