@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dataset import IGNORE, WINDOW, SpeechDataset, collate
 from errors import InputError
-from hallucination import GRACE_SECONDS, least_seconds
+from hallucination import least_seconds
 from manifest import BOUNDARY, SAMPLE_RATE, SPEECH, transcript_of
 
 PADDING, PROMPT, AUDIO, TRAINED, END, WRONG = "dim", "", "cyan", "green", "reverse green", "bold red"  # styles of rich
@@ -39,7 +39,7 @@ class Row:
     where: str  # file and line of the manifest
     bad: str | None  # why --on_bad_audio skip leaves it out
     transcript: str
-    seconds: float  # of audio, as far as the speech embeddings reach
+    seconds: float  # of audio: what the manifest or the file states, but no more than the embeddings carry
     ids: list[int]  # (L,)
     mask: list[int]  # (L,) 0 = padding
     labels: list[int]  # (L,) IGNORE where nothing is trained
@@ -103,7 +103,7 @@ def show(
             problem = problem_of(row, stop_ids)
             problems += [f"{row.where}: {problem}"] if problem else []
             print_row(console, row, model.tokenizer, problem)
-        if not any(row.labels.count(IGNORE) < len(row.labels) for row in rows):
+        if not any(label != IGNORE for row in rows for label in row.labels):
             problems.append(f"{rows[0].where}: batch {number} has not one label")
         print_sizes(console, batch)
         if not problems:
@@ -116,14 +116,15 @@ def show(
 
 def rows_of(batch: dict, dataset: SpeechDataset) -> list[Row]:
     """The utterances of a batch of `collate`."""
-    # A clip of 30 s has so many embeddings. With --pad_to_30s every clip has: then the manifest tells the seconds.
+    # What 30 s give tells the rate. With --pad_to_30s every clip has as many: then the manifest tells the seconds.
     per_second = dataset.embedding_counts[len(dataset.extract(np.zeros(WINDOW, np.float32)))] / WINDOW * SAMPLE_RATE
     ids, labels = batch["input_ids"], batch["labels"]
     labels = nn.functional.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)  # (B, K) -> (B, L)
     rows = []
     for b, index in enumerate(batch["index"]):
         record = dataset.records[index]
-        seconds = min((ids[b] == SPEECH).sum().item() / per_second, dataset.durations[index])
+        num_speech = (ids[b] == SPEECH).sum().item()
+        seconds = min((num_speech + 1) / per_second, dataset.durations[index])  # a tail gives no embedding
         texts = record["where"], batch["bad"][b], transcript_of(record) or ""
         rows.append(Row(*texts, seconds, *(x[b].tolist() for x in (ids, batch["attention_mask"], labels))))
     return rows
@@ -146,7 +147,8 @@ def problem_of(row: Row, stop_ids: set[int]) -> str | None:
         return "no end token under training: the model would never learn to stop"
     if stops := [position for position in trained[:-1] if row.labels[position] in stop_ids]:
         return f"an end token inside the transcript, at its token {trained.index(stops[0]) + 1} of {len(trained)}"
-    if (least := least_seconds(row.transcript)) > row.seconds + GRACE_SECONDS:
+    # 50 letters a second, or 25 Chinese characters: about twice the fastest speech. hallucination.py has the sources.
+    if (least := least_seconds(row.transcript)) > row.seconds:
         sizes = f"{len(row.transcript)} characters in {row.seconds:.2f} s, where nobody needs less than {least:.2f} s"
         return f"a transcript longer than its audio can carry: {sizes}"
     return None
