@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from dataset import IGNORE, WINDOW, SpeechDataset, collate
 from errors import InputError
 from hallucination import least_seconds
-from manifest import BOUNDARY, SAMPLE_RATE, SPEECH, transcript_of
+from manifest import SAMPLE_RATE, SPEECH, transcript_of
+from predictions import BOUNDARY_NAMES
 
 PADDING, PROMPT, AUDIO, TRAINED, END, WRONG = "dim", "", "cyan", "green", "reverse green", "bold red"  # styles of rich
 LEGEND = """token: what the LLM reads, "·" for a space, "↵" for a new line. mask: 0 is padding, which nothing sees.
@@ -171,8 +172,8 @@ def cells_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Cell]:
             text, style = f"padding ×{count}", PADDING
         elif token == SPEECH:
             text, style = f"[{count} embeddings]", AUDIO
-        elif token in BOUNDARY:
-            text, style = f"[{'before' if token == BOUNDARY[0] else 'after'} the clip]", AUDIO
+        elif token in BOUNDARY_NAMES:
+            text, style = BOUNDARY_NAMES[token], AUDIO
         else:
             text, style = show_token(tokenizer, token), PROMPT
         if label != IGNORE:

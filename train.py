@@ -466,7 +466,7 @@ def make_trainer(
     model: SpeechLLM, data: DataArguments, args: TrainArguments, settings: dict, datasets: dict[str, SpeechDataset]
 ) -> SpeechTrainer:
     """The trainer, with what the flags add to it."""
-    dataset, eval_dataset = datasets["trained on"], datasets["evaluated on"]
+    dataset, eval_dataset = datasets["trained on"], datasets["evaluated on"]  # the latter may be None
     metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
