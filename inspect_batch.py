@@ -97,6 +97,9 @@ def show(
     console = Console(quiet=args.process_index > 0, highlight=False, markup=False, soft_wrap=True)
     stop_ids, problems = set(model.llm.generation_config.eos_token_id), []
     console.print(Text(LEGEND, style=PADDING))
+    if args.gradient_checkpointing:  # as Trainer does it, by the name that its version has
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(args.gradient_checkpointing_kwargs)
     for number, batch in enumerate(islice(batches, count), 1):
         rows = rows_of(batch, dataset)
         console.print(f"\nbatch {number}: {len(rows)} utterances")
@@ -108,11 +111,14 @@ def show(
             problems.append(f"{rows[0].where}: batch {number} has not one label")
         print_sizes(console, batch)
         if not problems:
-            print_loss_and_memory(console, batch, dataset, model, args)
+            print_step(console, "a step with this batch", batch, model, args)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(f"{problems[0]}{more}")
-    console.print("\nnothing wrong found")
+    longest = dataset.durations[dataset.indices].argsort()[-args.train_batch_size :]  # positions
+    batch = collate([dataset[position] for position in longest.tolist()])
+    print_step(console, f"\na step with the {len(longest)} longest clips", batch, model, args)
+    console.print("nothing wrong found")
 
 
 def rows_of(batch: dict, dataset: SpeechDataset) -> list[Row]:
@@ -232,26 +238,17 @@ def print_sizes(console: Console, batch: dict) -> None:
     console.print(f"labels: {tuple(labels.shape)}, {trained} of {mask.sum().item()} positions are trained")
 
 
-def print_loss_and_memory(
-    console: Console, batch: dict, dataset: SpeechDataset, model: nn.Module, args: TrainingArguments
-) -> None:
-    """The loss of a forward pass, and the memory of a step with this batch and with the longest clips of all."""
+def print_step(console: Console, title: str, batch: dict, model: nn.Module, args: TrainingArguments) -> None:
+    """The loss of a batch and the memory that a training step with it takes. Raises InputError if the loss is NaN."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return console.print("loss and memory: not counted under DeepSpeed ZeRO-3, which shares out the weights")
-    if args.gradient_checkpointing:  # as Trainer does it, by the name that its version has
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(args.gradient_checkpointing_kwargs)
+        return console.print(f"{title}: not measured under DeepSpeed ZeRO-3, which shares out the weights")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None  # of autocast
     loss, memory = measure_step(model, batch, dtype)
     num_tokens = model.get_input_embeddings().weight.shape[0]  # V
     guess = f"a guess among {num_tokens:,} tokens has {math.log(num_tokens):.2f}"
-    console.print(f"loss before the first step: {loss:.2f} a trained token; {guess}")
-    console.print(f"memory, estimated, of the tensors of a step: {memory}")
-    longest = dataset.durations[dataset.indices].argsort()[-args.train_batch_size :]  # positions
-    _, memory = measure_step(model, collate([dataset[position] for position in longest.tolist()]), dtype)
-    console.print(f"with the {len(longest)} longest clips in a batch: {memory}")
+    console.print(f"{title}: loss {loss:.2f} nats a token before training ({guess}); memory about {memory}")
     if not math.isfinite(loss):
-        raise InputError(f"{dataset.records[batch['index'][0]]['where']}: the loss of its batch is {loss}")
+        raise InputError(f"{title.strip()}: the loss is {loss}; wanted a number: look at the weights and at --dtype")
 
 
 def measure_step(model: nn.Module, batch: dict, dtype: torch.dtype | None = None) -> tuple[float, Memory]:

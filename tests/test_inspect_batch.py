@@ -9,6 +9,7 @@ import torch
 from conftest import TRAIN_FLAGS, noise, write_manifest
 from torch.profiler import ProfilerActivity, profile
 
+import inspect_batch
 import train
 from dataset import IGNORE, collate
 from errors import InputError
@@ -180,6 +181,15 @@ def test_the_memory_of_a_step_is_estimated_within_a_tenth_of_what_pytorch_alloca
     before = memory_events[0]["Total Allocated"] - memory_events[0]["Bytes"]
     peak = max(event["Total Allocated"] for event in memory_events) - before + memory.weights + memory.optimizer
     assert memory.total == pytest.approx(peak, rel=0.1)
+
+
+def test_a_loss_that_is_no_number_is_an_error(new_model, long_batch, tmp_path, capsys):
+    torch.nn.init.constant_(new_model.projector.linear2.bias, float("nan"))
+    args = train.parse(f"{FLAGS} --output_dir {tmp_path}".split())[2]
+    dataset = new_model.make_dataset([{"wav": noise(2.0), "txt": "hello world", "where": "clip 0"}])
+    with pytest.raises(InputError, match="the loss is nan"):
+        inspect_batch.show([collate([dataset[0]])], dataset, new_model, args, 1)
+    assert "loss nan nats a token" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_keeps_fewer_activations(new_model, long_batch):
