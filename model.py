@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 
 from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt, set_chat_template
 from errors import UNGATHERED, BadUtterance, InputError, as_input_error, load_pretrained, nearest
-from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records
+from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records, option
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
@@ -46,12 +46,6 @@ AUDIO_INPUTS = "input_features input_values feature_lengths audio_attention_mask
 
 
 # Config
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with a help text for the command line."""
-    values = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**values, metadata={"help": help})
 
 
 @dataclass
@@ -572,20 +566,42 @@ class SpeechLLM(PreTrainedModel):
         to_batch = partial(collate, with_targets=False)  # the ids end with the prompt
         with self.in_eval_mode():
             for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
-                yield self.decode_batch(batch, dataset.records, options)
+                yield self.decode_batch(batch, dataset, options)
 
+    @torch.no_grad()
     def decode_batch(
-        self, batch: dict, records: Records, options: DecodingOptions, speech_embeds: Tensor | None = None
+        self, batch: dict, dataset: SpeechDataset, options: DecodingOptions, speech_embeds: Tensor | None = None
     ) -> list[Hypothesis]:
         """The hypotheses of a batch of `collate` without targets; `speech_embeds` as in `inputs_for_llm`."""
-        ids = self.generate(**self.tensors_of(batch), speech_embeds=speech_embeds, **asdict(options)).cpu()  # (B, new)
+        inputs, nbest = self.tensors_of(batch), options.nbest
+        if speech_embeds is None:
+            speech_embeds = self.embed_speech(**{name: inputs[name] for name in AUDIO_INPUTS if name in inputs})
+        bounds = 20 + options.max_tokens_per_second * torch.tensor(dataset.durations[batch["index"]])
+        limits = bounds.clamp(max=options.max_new_tokens).int().to(self.device)  # (B,) new tokens of each clip
+        search = {o.name: getattr(options, o.name) for o in fields(options) if "ours" not in o.metadata}
+        # Ids (rows, new) -> (rows,): a clip has as many rows as beams or samples, and ends at its own limit.
+        search["stopping_criteria"] = [lambda ids, _: ids.shape[1] >= limits.repeat_interleave(len(ids) // len(limits))]
+        if options.do_sample or options.repetition_penalty != 1 or options.no_repeat_ngram_size:
+            import sampling  # an option
+
+            search |= sampling.keywords(options, batch["index"])
+        # (B * nbest, new), the best of each clip first
+        ids = self.generate(**inputs, speech_embeds=speech_embeds, num_return_sequences=nbest, **search).cpu()
         is_end = torch.isin(ids, torch.tensor(self.llm.generation_config.eos_token_id))  # any of several stop tokens
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1]).tolist()  # (B,) up to the first
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1]).tolist()  # up to the first
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]  # behind the end there is padding
-        texts, hypotheses = self.tokenizer.batch_decode(rows, skip_special_tokens=True), []
-        for index, bad, text, length in zip(batch["index"], batch["bad"], texts, lengths, strict=True):
-            no_end = f"{records[index]['where']}: no end within {length} new tokens" if length == ids.shape[1] else None
-            hypotheses.append(Hypothesis(index, "" if bad else " ".join(text.split()), bad or no_end))
+        texts = self.tokenizer.batch_decode(rows[::nbest], skip_special_tokens=True)  # of the best, (B,)
+        scores, limits, hypotheses = [{}] * len(texts), limits.tolist(), []
+        if options.confidence or nbest > 1:
+            import confidence  # an option
+
+            forward = partial(self, speech_embeds=speech_embeds)
+            scores = confidence.scores(options, ids, lengths, limits, self.tokenizer, forward, inputs)
+        for row, (index, bad, text) in enumerate(zip(batch["index"], batch["bad"], texts, strict=True)):
+            where, is_cut = dataset.records[index]["where"], lengths[row * nbest] == limits[row]
+            no_end = f"{where}: no end within {limits[row]} new tokens" if is_cut else None
+            scored = Hypothesis(index, " ".join(text.split()), no_end, **scores[row])
+            hypotheses.append(Hypothesis(index, "", bad) if bad else scored)
         return hypotheses
 
     def transcribe(self, audio, batch_size: int = 16, num_workers: int = 0, **keywords) -> str | list[str]:
