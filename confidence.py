@@ -18,10 +18,10 @@ An LLM's probabilities are often too high (Guo et al. 2017, arXiv:1706.04599): a
 
 import math
 import re
-from collections.abc import Callable
 from itertools import compress, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,53 +29,66 @@ from dataset import IGNORE, pad_left
 from hallucination import UNSPACED
 from manifest import DecodingOptions
 
+if TYPE_CHECKING:
+    from model import SpeechLLM
+
+TEXT_INPUTS = ("input_ids", "attention_mask")
 WORD = re.compile(rf"\s*([{UNSPACED}]|[^\s{UNSPACED}]+)")  # with the space before it
 
 
+@torch.no_grad()
 def scores(
+    model: "SpeechLLM",
     options: DecodingOptions,
+    inputs: dict[str, Tensor],
     ids: Tensor,
     lengths: list[int],
     limits: list[int],
-    tokenizer,
-    forward: Callable,
-    inputs: dict[str, Tensor],
 ) -> list[dict[str, Any]]:
     """Further fields of the hypotheses of a batch, as options ask for them.
 
-    `ids` (B * nbest, new) are what generate returns, `lengths` (B * nbest) their tokens before the end, `limits` (B)
-    the tokens after which a clip is cut off. `forward` is that of the model, `inputs` are those of generate.
+    `inputs` are those of generate, `ids` (B * nbest, new) what it returns, the best of each clip first, `lengths`
+    (B * nbest) their tokens before the end, `limits` (B) the tokens after which a clip is cut off.
     """
-    nbest, ranks = options.nbest, []  # ranks: of the best of all clips, the second best ..., what is known of them
-    for rank in range(nbest):
-        rows = list(zip(ids[rank::nbest].tolist(), lengths[rank::nbest], limits, strict=True))
-        answers = [row[: min(length + 1, limit)] for row, length, limit in rows]  # with the end, where there is one
-        log_probs = token_log_probabilities(answers, forward, inputs["input_ids"], inputs["attention_mask"])
-        ranks.append([(row[:length], probs) for (row, length, _), probs in zip(rows, log_probs, strict=True)])
+    prompts = [
+        row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
+    audio = {name: tensor for name, tensor in inputs.items() if name not in TEXT_INPUTS}
+    speech_embeds = audio.pop("speech_embeds")
+    speech_embeds = model.embed_speech(**audio) if speech_embeds is None else speech_embeds  # (sum of N, H)
+    nbest = options.nbest
+    limits = [limit for limit in limits for _ in range(nbest)]  # (B * nbest), as lengths
+    rows = list(zip(ids.tolist(), lengths, limits, strict=True))
+    answers = [row[: min(length + 1, limit)] for row, length, limit in rows]  # with the end, where there is one
+    texts = model.tokenizer.batch_decode([row[:length] for row, length, _ in rows], skip_special_tokens=True)
+    log_probs = [[]] * len(rows)  # of each token
+    for rank in range(nbest):  # the best of all clips together, then the second best ...
+        log_probs[rank::nbest] = token_log_probabilities(model, prompts, answers[rank::nbest], speech_embeds)
+    totals = [round(sum(probs), 4) for probs in log_probs]
+
     fields = []
-    for (best_ids, best_probs), *others in zip(*ranks, strict=True):  # of a clip
-        fields.append({"log_probability": round(sum(best_probs), 4)})
+    for best in range(0, len(rows), nbest):
+        fields.append({"log_probability": totals[best]})
         if options.confidence:
-            confidence = math.exp(sum(best_probs) / len(best_probs))
-            words = words_with_confidence(best_ids, best_probs[: len(best_ids)], tokenizer)
-            fields[-1] |= {"confidence": round(confidence, 4), "words": words}
+            length, probs = lengths[best], log_probs[best]
+            fields[-1]["confidence"] = round(math.exp(sum(probs) / len(probs)), 4)
+            fields[-1]["words"] = words_with_confidence(answers[best][:length], probs[:length], model.tokenizer)
         if nbest > 1:
-            texts = tokenizer.batch_decode([row for row, _ in others], skip_special_tokens=True)
-            sums = [round(sum(probs), 4) for _, probs in others]
-            pairs = [(" ".join(text.split()), total) for text, total in zip(texts, sums, strict=True)]
-            fields[-1]["alternatives"] = [{"text": text, "log_probability": total} for text, total in pairs]
+            fields[-1]["alternatives"] = [
+                {"text": " ".join(texts[other].split()), "log_probability": totals[other]}
+                for other in range(best + 1, best + nbest)
+            ]
     return fields
 
 
 def token_log_probabilities(
-    answers: list[list[int]], forward: Callable, input_ids: Tensor, attention_mask: Tensor
+    model: "SpeechLLM", prompts: list[list[int]], answers: list[list[int]], speech_embeds: Tensor
 ) -> list[list[float]]:
-    """Log-probability of each token of an answer to each prompt (B, L), after all that stands before it."""
-    prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+    """Log-probability of each token of the answers to as many prompts, after all that stands before it."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = pad_left(rows, 0), pad_left([[1] * len(row) for row in rows], 0), pad_left(answers, IGNORE)
-    ids, mask, labels = (tensor.to(input_ids.device) for tensor in batch)  # (B, L + K) twice, (B, K)
-    logits = forward(input_ids=ids, attention_mask=mask, labels=labels).logits  # (B, K, V)
+    ids, mask, labels = (tensor.to(speech_embeds.device) for tensor in batch)  # (B, L) twice, (B, K)
+    logits = model(input_ids=ids, attention_mask=mask, labels=labels, speech_embeds=speech_embeds).logits  # (B, K, V)
     log_probs = -F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (B, K), on the right edge
     return [row[-len(answer) :].tolist() for row, answer in zip(log_probs, answers, strict=True)]
 
