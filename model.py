@@ -591,8 +591,9 @@ class SpeechLLM(PreTrainedModel):
 
             scores = confidence.scores(self, options, inputs, ids, lengths, limits)
         for n, (index, bad, text) in enumerate(zip(batch["index"], batch["bad"], texts, strict=True)):
-            where, is_cut = dataset.records[index]["where"], lengths[n * nbest] == limits[n]
-            no_end = f"{where}: no end within {limits[n]} new tokens" if is_cut else None
+            no_end = None
+            if lengths[n * nbest] == limits[n]:
+                no_end = f"{dataset.records[index]['where']}: no end within {limits[n]} new tokens"
             scored = Hypothesis(index, " ".join(text.split()), no_end, **scores[n])
             hypotheses.append(Hypothesis(index, "", bad) if bad else scored)
         return hypotheses
