@@ -62,7 +62,7 @@ def evaluate(model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments
                 sums |= dict(zip(batch["index"], loss.tolist(), strict=True))
             tokens |= dict(zip(batch["index"], (batch["labels"] != IGNORE).sum(1).tolist(), strict=True))
             bad |= {index: reason for index, reason in zip(batch["index"], batch["bad"], strict=True) if reason}
-            for hypothesis in model.decode_batch(prompts, dataset.records, DecodingOptions(num_beams=1), speech_embeds):
+            for hypothesis in model.decode_batch(prompts, dataset, DecodingOptions(num_beams=1), speech_embeds):
                 texts[hypothesis.index] = hypothesis.text
     figures = (losses, losses_of_others, tokens, texts, bad)
     for part in gather_object([figures]):

@@ -99,9 +99,10 @@ def config_for_others(config: "SpeechLLMConfig", is_merged: bool) -> "SpeechLLMC
 
 
 def push(
-    write: Callable[[Path], None],
-    write_card: Callable[[str], str],
+    write: Callable[[Path, "SpeechLLMConfig"], None],
     config: "SpeechLLMConfig",
+    saved_names: list[str],
+    is_merged: bool,
     repo_id: str,
     include_frozen: bool,
     revision: str | None,
@@ -109,21 +110,23 @@ def push(
     token: str | None = None,
     **options,
 ) -> str:
-    """Upload the files that `write` puts into a folder, and the model card; the commit's address.
+    """Upload the files that `write` puts into a folder for a config, and the model card; the commit's address.
 
     `options` are those of create_repo: private ... Nothing is made on the Hub if `write` fails.
     """
+    config = config_for_others(config, is_merged)
     local = [name for name in (config.encoder_name_or_path, config.llm_model_name_or_path) if Path(name).exists()]
     if local and not include_frozen:
         cure = "push with include_frozen=True, or they must give encoder_name_or_path, llm_model_name_or_path"
         warnings.warn(f"{repo_id}: others do not have {' and '.join(local)} of this machine; {cure}", stacklevel=3)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
+        write(Path(folder), config)
         repo_id = api.create_repo(repo_id, exist_ok=True, **options).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        Path(folder, "README.md").write_text(write_card(repo_id), encoding="utf-8")
+        card = model_card(config, saved_names, is_merged, repo_id, revision)
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
         place = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message}
         return str(api.upload_folder(folder_path=folder, **place))
 

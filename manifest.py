@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -186,29 +186,50 @@ def stated_seconds(record: dict) -> float:
 # Decoding
 
 
+def option(default: Any, help: str, **metadata) -> Any:
+    """A field with a help text for the command line."""
+    values = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**values, metadata={"help": help, **metadata})
+
+
 @dataclass(frozen=True)
 class DecodingOptions:
     """All that decides a hypothesis of a given model, by the names of transformers' generate. Raises InputError.
 
     Flags of recognize.py, keywords of decode and transcribe, and the key of an unfinished result file come from these
-    fields: a new option is one line here.
+    fields: a new option is one line here. What is `ours` is no keyword of generate, or decode_batch sees to it.
     """
 
-    num_beams: int = field(default=4, metadata={"help": "beams of the search; 1 = greedy", "least": 1})
-    max_new_tokens: int = field(default=200, metadata={"help": "most tokens of a transcript", "least": 1})
-    length_penalty: float = field(default=1.0, metadata={"help": "of a beam search; above 1 favours long transcripts"})
+    num_beams: int = option(4, "beams of the search; 1 = greedy", least=1)
+    max_new_tokens: int = option(200, "most tokens of a transcript", least=1)
+    max_tokens_per_second: float = option(25.0, "most tokens for 1 s of audio, beside 20 for any", least=0, ours=True)
+    length_penalty: float = option(1.0, "of a beam search; above 1 favours long transcripts")
+    no_repeat_ngram_size: int = option(0, "so many tokens come in the same order but once; 0 = off", least=0, ours=True)
+    repetition_penalty: float = option(1.0, "above 1: what was said is said again less often", least=0.01, ours=True)
+    do_sample: bool = option(False, "draw each token by its probability, without beams", ours=True)
+    temperature: float = option(1.0, "of samples; below 1 they keep to likely tokens", least=0.01, ours=True)
+    top_p: float = option(1.0, "of samples: from the likeliest tokens with this share together", least=0, ours=True)
+    seed: int = option(0, "of samples, which depend on it and the number of the line, on no batch", least=0, ours=True)
+    nbest: int = option(1, "transcripts of a clip, with their log-probabilities", least=1, ours=True)
+    confidence: bool = option(False, "rate each word and line, from 0 to 1", ours=True)
 
     def __post_init__(self):
         for option in fields(self):
             value, least = getattr(self, option.name), option.metadata.get("least", -np.inf)
             if not value >= least:
                 raise InputError(f"--{option.name} {value}: wanted {least} or more")
+        if self.nbest > self.num_beams and not self.do_sample:
+            raise InputError(f"--nbest {self.nbest}: wanted as many --num_beams, or --do_sample")
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What was recognised in the record `index`."""
+    """What was recognised in the record `index`; the last four as options ask. See confidence.py for the numbers."""
 
     index: int
     text: str
     problem: str | None = None  # why the text is missing or perhaps not whole, for the user to read
+    log_probability: float | None = None  # of the text and its end, given the audio
+    confidence: float | None = None  # 0 to 1
+    words: list[dict] | None = None  # {"word": str, "confidence": 0 to 1}
+    alternatives: list[dict] | None = None  # {"text": str, "log_probability": float}, the second best first

@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 
 from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt, set_chat_template
 from errors import UNGATHERED, BadUtterance, InputError, as_input_error, load_pretrained, nearest
-from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records
+from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records, option
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
@@ -46,12 +46,6 @@ AUDIO_INPUTS = "input_features input_values feature_lengths audio_attention_mask
 
 
 # Config
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with a help text for the command line."""
-    values = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**values, metadata={"help": help})
 
 
 @dataclass
@@ -360,14 +354,12 @@ class SpeechLLM(PreTrainedModel):
         if not config.encoder_name_or_path or not config.llm_model_name_or_path:
             raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
         tokenizer, llm = load_llm(config, device)
-        names = config.encoder_name_or_path, config.encoder_revision, config.encoder_layer
+        names, load = (config.encoder_name_or_path, config.encoder_revision, config.encoder_layer), load_encoder
         if is_deepspeed_zero3_enabled():
             import zero3  # an option
 
-            with zero3.unsharded():  # some encoders cannot be built in shards
-                encoder = load_encoder(*names, llm.dtype)
-        else:
-            encoder = load_encoder(*names, llm.dtype)
+            load = zero3.unsharded()(load_encoder)  # some encoders cannot be built in shards
+        encoder = load(*names, llm.dtype)
         projector = build_projector(config, encoder.output_size, llm.config.get_text_config().hidden_size)  # D -> H
         model = cls(with_lasting_names(config), encoder, projector, llm, tokenizer)
         for part in set(model.children()) - {llm}:
@@ -572,20 +564,38 @@ class SpeechLLM(PreTrainedModel):
         to_batch = partial(collate, with_targets=False)  # the ids end with the prompt
         with self.in_eval_mode():
             for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
-                yield self.decode_batch(batch, dataset.records, options)
+                yield self.decode_batch(batch, dataset, options)
 
     def decode_batch(
-        self, batch: dict, records: Records, options: DecodingOptions, speech_embeds: Tensor | None = None
+        self, batch: dict, dataset: SpeechDataset, options: DecodingOptions, speech_embeds: Tensor | None = None
     ) -> list[Hypothesis]:
         """The hypotheses of a batch of `collate` without targets; `speech_embeds` as in `inputs_for_llm`."""
-        ids = self.generate(**self.tensors_of(batch), speech_embeds=speech_embeds, **asdict(options)).cpu()  # (B, new)
+        inputs, nbest = self.tensors_of(batch) | {"speech_embeds": speech_embeds}, options.nbest
+        bounds = 20 + options.max_tokens_per_second * torch.tensor(dataset.durations[batch["index"]])
+        limits = bounds.clamp(max=options.max_new_tokens).int().to(self.device)  # (B,) new tokens of each clip
+        search = {o.name: getattr(options, o.name) for o in fields(options) if "ours" not in o.metadata}
+        # Ids (rows, new) -> (rows,): a clip has as many rows as beams or samples, and ends at its own limit.
+        search["stopping_criteria"] = [lambda ids, _: ids.shape[1] >= limits.repeat_interleave(len(ids) // len(limits))]
+        if options.do_sample or options.repetition_penalty != 1 or options.no_repeat_ngram_size:
+            import sampling  # an option
+
+            search |= sampling.keywords(options, batch["index"])
+        ids = self.generate(**inputs, **search, num_return_sequences=nbest).cpu()  # (B * nbest, new), the best first
         is_end = torch.isin(ids, torch.tensor(self.llm.generation_config.eos_token_id))  # any of several stop tokens
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1]).tolist()  # (B,) up to the first
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1]).tolist()  # up to the first
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]  # behind the end there is padding
-        texts, hypotheses = self.tokenizer.batch_decode(rows, skip_special_tokens=True), []
-        for index, bad, text, length in zip(batch["index"], batch["bad"], texts, lengths, strict=True):
-            no_end = f"{records[index]['where']}: no end within {length} new tokens" if length == ids.shape[1] else None
-            hypotheses.append(Hypothesis(index, "" if bad else " ".join(text.split()), bad or no_end))
+        texts = self.tokenizer.batch_decode(rows[::nbest], skip_special_tokens=True)  # of the best, (B,)
+        limits, scores, hypotheses = limits.tolist(), [{}] * len(texts), []
+        if options.confidence or nbest > 1:
+            import confidence  # an option
+
+            scores = confidence.scores(self, options, inputs, ids, lengths, limits)
+        for n, (index, bad, text) in enumerate(zip(batch["index"], batch["bad"], texts, strict=True)):
+            no_end = None
+            if lengths[n * nbest] == limits[n]:
+                no_end = f"{dataset.records[index]['where']}: no end within {limits[n]} new tokens"
+            scored = Hypothesis(index, " ".join(text.split()), no_end, **scores[n])
+            hypotheses.append(Hypothesis(index, "", bad) if bad else scored)
         return hypotheses
 
     def transcribe(self, audio, batch_size: int = 16, num_workers: int = 0, **keywords) -> str | list[str]:
@@ -593,16 +603,15 @@ class SpeechLLM(PreTrainedModel):
 
         `keywords` are fields of DecodingOptions. What cannot be read has an empty transcript, and a warning says why.
         """
-        options, is_list = DecodingOptions(**keywords), isinstance(audio, (list, tuple))
-        clips = enumerate(audio if is_list else [audio], 1)
-        dataset = self.decoding_dataset([{"wav": clip, "where": f"audio {number}"} for number, clip in clips], options)
-        texts = [""] * len(dataset)  # in the order of the clips, though the longest come first
-        for hypotheses in self.decode(dataset, None, batch_size, num_workers, options):
-            for hypothesis in hypotheses:
-                texts[hypothesis.index] = hypothesis.text
-                if hypothesis.problem:
-                    warnings.warn(hypothesis.problem, stacklevel=2)
-        return texts if is_list else texts[0]
+        options, clips = DecodingOptions(**keywords), audio if isinstance(audio, (list, tuple)) else [audio]
+        records = [{"wav": clip, "where": f"audio {number}"} for number, clip in enumerate(clips, 1)]
+        batches = self.decode(self.decoding_dataset(records, options), None, batch_size, num_workers, options)
+        hypotheses = sorted(sum(batches, []), key=lambda hypothesis: hypothesis.index)  # the longest come first
+        for hypothesis in hypotheses:
+            if hypothesis.problem:
+                warnings.warn(hypothesis.problem, stacklevel=2)
+        texts = [hypothesis.text for hypothesis in hypotheses]
+        return texts if clips is audio else texts[0]
 
     # What is trained
 
@@ -764,10 +773,9 @@ class SpeechLLM(PreTrainedModel):
         """Upload what `save_pretrained` writes, and a model card, to the Hub; `options` are those of hub.push."""
         import hub  # an option
 
-        config = hub.config_for_others(self.config, self.is_merged)
-        write = partial(self.write_files, config=config, include_frozen=include_frozen, state_dict=state_dict)
-        card = partial(hub.model_card, config, list(self.parameters_to_save()), self.is_merged, revision=revision)
-        return hub.push(write, card, config, repo_id, include_frozen, revision, **options)
+        write = partial(self.write_files, include_frozen=include_frozen, state_dict=state_dict)
+        saved = list(self.parameters_to_save())  # names
+        return hub.push(write, self.config, saved, self.is_merged, repo_id, include_frozen, revision, **options)
 
 
 def matches(pattern: str, names: list[str]) -> bool:
@@ -794,10 +802,9 @@ def new_files_in(folder: Path) -> Iterator[Path]:
     partial_folder.mkdir(parents=True)  # on the same disk, so that files can be moved in one step
     try:
         yield partial_folder
-        new_files = [path for path in partial_folder.rglob("*") if path.is_file()]
-        for new in new_files:
-            shutil.copymode(partial_folder / "config.json", new)  # safetensors makes files that nobody else may read
-        for new in new_files:
+        mode = (partial_folder / "config.json").stat().st_mode
+        for new in [path for path in partial_folder.rglob("*") if path.is_file()]:
+            new.chmod(mode)  # safetensors makes files that nobody else may read
             old = folder / new.relative_to(partial_folder)
             old.parent.mkdir(parents=True, exist_ok=True)
             new.replace(old)  # each file is the old one or the new one, never half of it

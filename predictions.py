@@ -67,7 +67,7 @@ class PredictionLog(TrainerCallback):
         dataset, positions = self.dataset, range(min(self.count, len(self.dataset)))
         batch = collate([dataset[position] for position in positions], with_targets=False)
         with model.in_eval_mode(), torch.no_grad():  # on every process, as ZeRO-3 wants
-            hypotheses = model.decode_batch(batch, dataset.records, DecodingOptions(num_beams=1))
+            hypotheses = model.decode_batch(batch, dataset, DecodingOptions(num_beams=1))
         self.show("training", dataset, {h.index: h.text for h in hypotheses}, state)
 
     def show(self, title: str, dataset: SpeechDataset, hypotheses: dict[int, str], state) -> None:

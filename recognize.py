@@ -46,7 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
     for option in fields(DecodingOptions):
         text = f"{option.metadata['help']} (default: {option.default})"
-        add(f"--{option.name}", type=option.type, default=option.default, help=text)
+        kind = {"action": "store_true"} if option.type is bool else {"type": option.type}
+        add(f"--{option.name}", default=option.default, help=text, **kind)
     add("--batch_size", type=int, default=16, help="utterances decoded together (default: 16)")
     add("--num_workers", type=int, default=2, help="processes that read audio; 0 = none (default: 2)")
     add("--device", help="default: this process's GPU if there is one, else cpu")
@@ -188,7 +189,7 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
     """Write the result file, in the order of the records; it appears whole or not at all."""
     with open(f"{result_path}.whole", "w", encoding="utf-8") as file:
         for index, record in enumerate(records):
-            row = asdict(hypotheses[index])
+            row = {name: x for name, x in asdict(hypotheses[index]).items() if x is not None or name == "problem"}
             text = row.pop("text")  # named pred in the file, as its users know it
             row = {"key": key_of(record), "wav": record.get("wav"), "txt": transcript_of(record), "pred": text} | row
             file.write((json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else text) + "\n")
@@ -200,6 +201,8 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     options = DecodingOptions(**{option.name: getattr(args, option.name) for option in fields(DecodingOptions)})
+    if (options.confidence or options.nbest > 1) and not (args.result_path or "").endswith(".jsonl"):
+        raise InputError("--confidence, --nbest: nothing else has room for them; wanted --result_path NAME.jsonl")
     if args.data_path:
         return recognize_manifest(args, options)
     print(*load_model(args).transcribe(args.audio, args.batch_size, args.num_workers, **asdict(options)), sep="\n")

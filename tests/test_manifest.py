@@ -349,3 +349,10 @@ def test_decoding_options_do_not_change_and_penalties_may_be_negative():
         DecodingOptions(length_penalty=float("nan"))
     with pytest.raises(FrozenInstanceError):
         DecodingOptions().num_beams = 2
+
+
+def test_as_many_texts_as_beams_and_any_number_of_samples():
+    assert DecodingOptions(num_beams=3, nbest=3).nbest == 3
+    assert DecodingOptions(num_beams=1, nbest=9, do_sample=True).nbest == 9
+    with pytest.raises(InputError, match=r"^--nbest 4: wanted as many --num_beams, or --do_sample$"):
+        DecodingOptions(num_beams=3, nbest=4)

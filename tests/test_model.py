@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -854,8 +854,8 @@ def test_the_options_of_decoding_are_its_keywords_and_no_others_are(model):
     assert hypotheses == again
     assert hypotheses[0].problem == "a:0: no end within 3 new tokens"
     for call in (partial(model.transcribe, clip), lambda **keywords: list(model.decode(dataset, **keywords))):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"):
-            call(temperature=0.5)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'top_k'"):
+            call(top_k=5)
         with pytest.raises(InputError, match="--num_beams 0: wanted 1 or more"):
             call(num_beams=0)
 
@@ -870,6 +870,33 @@ def test_length_penalty_favours_long_texts_of_a_beam_search(chinese_llm, world):
 def test_more_new_tokens_than_the_llm_has_positions_are_an_error(model):
     with pytest.raises(InputError, match="max_new_tokens 1024: the LLM has 1024 positions in all"):
         model.transcribe(noise(1), max_new_tokens=1024)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_clip_has_as_many_new_tokens_as_its_length_allows_alone_and_in_a_batch(model, num_beams):
+    """20, and so many for each second; --max_new_tokens is the limit of the longest clips."""
+    dataset = model.make_dataset(records((0.5, 3.0, 1.0, 2.0)))
+    options = DecodingOptions(num_beams=num_beams, max_new_tokens=34, max_tokens_per_second=8)
+    (together,) = model.decode(dataset, options=options)
+    assert sum(model.decode(dataset, batch_size=1, options=options), []) == together
+    no_bound, num_cut = replace(options, max_tokens_per_second=1000), 0
+    for hypothesis in together:
+        limit = (24, 34, 28, 34)[hypothesis.index]
+        ((wanted,),) = model.decode(dataset, [hypothesis.index], options=replace(no_bound, max_new_tokens=limit))
+        assert hypothesis == wanted
+        num_cut += f"no end within {limit} new tokens" in (hypothesis.problem or "")
+    assert num_cut >= (2 if num_beams == 1 else 1)
+
+
+def test_one_beam_is_greedy_search(model):
+    """Each token is the likeliest after those before it, in a forward pass over all of them."""
+    batch = batch_of(model, records((1.0,)), with_targets=False)
+    ids = model.generate(**batch, num_beams=1, max_new_tokens=12)
+    batch["input_ids"] = torch.cat([batch["input_ids"], ids], dim=1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with torch.no_grad():
+        logits = model(**batch | {"labels": None}).logits
+    assert logits[:, -13:-1].argmax(2).equal(ids)
 
 
 def test_decoding_a_manifest_gives_every_index_once_and_the_longest_clips_first(model, world):

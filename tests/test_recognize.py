@@ -99,6 +99,76 @@ def test_the_length_penalty_reaches_the_search(trained, call):
     assert len(short) < len(usual) < len(long)
 
 
+# Confidence, alternatives, samples
+
+RICH = f"{DECODE} --nbest 2 --confidence"
+
+
+@pytest.fixture(scope="session")
+def rich(trained, world, call) -> list[dict]:
+    """The rows of a result with all that can be asked for."""
+    call(recognize.main, f"{RICH} --batch_size 5 --result_path rich.jsonl")
+    return [json.loads(line) for line in lines(world / "rich.jsonl")]
+
+
+def assert_same_rows(path: Path, wanted: list[dict]) -> None:
+    """The same texts; numbers but for their rounding in batches of other sizes."""
+    rows = [json.loads(line) for line in lines(path)]
+    assert len(rows) == len(wanted)
+    for row, other in zip(rows, wanted, strict=True):
+        numbers, texts = zip(*(split_numbers(content) for content in (row, other)), strict=True)
+        assert texts[0] == texts[1]
+        np.testing.assert_allclose(*numbers, atol=3e-4)
+
+
+def split_numbers(content) -> tuple[list[float], object]:
+    """The floats somewhere in an object of JSON, and the object without them."""
+    numbers = []
+    rest = json.loads(json.dumps(content), parse_float=lambda text: numbers.append(float(text)))
+    return numbers, rest
+
+
+def test_a_row_holds_confidences_and_alternatives_if_asked(rich, decoded, world):
+    assert [row["pred"] for row in rich] == lines(world / "decoded.txt")  # the first of the best
+    for row in rich:
+        assert list(row) == "key wav txt pred index problem log_probability confidence words alternatives".split()
+        assert [word["word"] for word in row["words"]] and row["log_probability"] < 0
+        assert all(0 <= rating <= 1 for rating in [row["confidence"], *(word["confidence"] for word in row["words"])])
+        (other,) = row["alternatives"]
+        assert list(other) == ["text", "log_probability"]
+    assert {row["alternatives"][0]["text"] for row in rich} != {row["pred"] for row in rich}
+
+
+def test_a_plain_row_is_as_it_was(trained, world, call):
+    call(recognize.main, f"{DECODE} --batch_size 5 --result_path plain.jsonl")
+    for line in lines(world / "plain.jsonl"):
+        assert list(json.loads(line)) == "key wav txt pred index problem".split()
+
+
+def test_two_processes_write_the_same_confidences_and_alternatives(rich, world, launch):
+    job = launch("recognize.py", f"{RICH} --result_path two_rich.jsonl", processes=2).wait()
+    assert job.status == 0, job.err
+    assert_same_rows(world / "two_rich.jsonl", rich)
+
+
+def test_confidences_and_alternatives_outlive_a_kill(rich, trained, call, launch, tmp_path):
+    result = tmp_path / "result.jsonl"
+    launch("recognize.py", f"{RICH} --batch_size 1 --result_path {result}", die_at=3).died()
+    assert num_finished(result)
+    assert "going on: " in call(recognize.main, f"{RICH} --batch_size 5 --result_path {result}").err
+    assert_same_rows(result, rich)
+
+
+def test_samples_are_the_same_with_any_number_of_processes(trained, world, call, launch):
+    flags = f"{DECODE} --do_sample --temperature 1.3 --seed 5"
+    call(recognize.main, f"{flags} --batch_size 5 --result_path sampled.txt")
+    job = launch("recognize.py", f"{flags} --batch_size 3 --result_path two_sampled.txt", processes=2).wait()
+    assert job.status == 0, job.err
+    assert lines(world / "two_sampled.txt") == lines(world / "sampled.txt")
+    call(recognize.main, f"{flags} --seed 6 --result_path sampled6.txt")
+    assert lines(world / "sampled6.txt") != lines(world / "sampled.txt")
+
+
 # Going on after a kill.
 
 
@@ -161,6 +231,7 @@ CHANGES = {
     "manifest": "--data_path fewer.jsonl",
     "num_beams": "--num_beams 1",
     "length_penalty": "--length_penalty 2",
+    "max_tokens_per_second": "--max_tokens_per_second 0",
     "prompt": "--prompt '<audio> What was said?'",
 }
 
@@ -270,6 +341,9 @@ def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, ca
         ("--model_path trained --result_path result.trn", "wanted the ending .txt or .jsonl"),
         ("--model_path trained --num_beams 0", "--num_beams 0: wanted 1 or more"),
         ("--model_path trained --prompt 'What was said?'", "<audio>"),
+        ("--model_path trained --nbest 5", "--nbest 5: wanted as many --num_beams, or --do_sample"),
+        ("--model_path trained --do_sample --temperature 0", "--temperature 0.0: wanted 0.01 or more"),
+        ("--model_path trained --confidence", "wanted --result_path NAME.jsonl"),
     ],
 )
 def test_wrong_paths_and_values_are_one_line(flags, told, trained, call):
@@ -304,5 +378,5 @@ def test_help_names_the_flags(capsys):
         recognize.main(["--help"])
     assert exit.value.code == 0
     wanted = "model_path projector_model_path llm_model_name_or_path whisper_model_name_or_path data_path result_path "
-    wanted += "num_beams length_penalty batch_size max_new_tokens dtype device"
+    wanted += "num_beams length_penalty batch_size max_new_tokens dtype device nbest confidence do_sample seed"
     assert {f"--{flag}" for flag in wanted.split()} <= set(re.findall(r"--\w+", capsys.readouterr().out))

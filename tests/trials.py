@@ -47,8 +47,8 @@ def decode(model: SpeechLLM, dataset: SpeechDataset, batch_size: int = 16, **opt
 
 def texts(model: SpeechLLM, examples: list[dict]) -> list[str]:
     """The first tokens of the answers to examples in one batch, by beam search."""
-    options = DecodingOptions(num_beams=2, max_new_tokens=3)
-    hypotheses = model.decode_batch(collate(examples, with_targets=False), records(), options)
+    options, dataset = DecodingOptions(num_beams=2, max_new_tokens=3), model.make_dataset(records())
+    hypotheses = model.decode_batch(collate(examples, with_targets=False), dataset, options)
     return [hypothesis.text for hypothesis in hypotheses]
 
 
