@@ -37,6 +37,7 @@ from model import ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, optio
 
 # Arguments
 
+ROOT = Path(__file__).parent
 OTHER_NAMES = {"whisper_model_name_or_path": "encoder_name_or_path", "dtype": "frozen_dtype"}
 OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
 
@@ -325,7 +326,12 @@ def record_start(
     argv: list[str], event: str, model: SpeechLLM, args: TrainArguments, datasets: dict[str, SpeechDataset]
 ) -> None:
     """Append to experiment.md what it takes to repeat this run: command, code, data, parts."""
-    config, rows = model.config, {"command": f"`{shlex.join(['train.py', *argv])}`", "commit": git_commit()}
+    config, rows = model.config, {"command": f"`{shlex.join(['train.py', *argv])}`", "commit": "unknown"}
+    if shutil.which("git"):  # the commit of this code; -dirty: with changes that are not committed
+        git = subprocess.run(
+            "git describe --always --dirty --abbrev=40".split(), cwd=ROOT, capture_output=True, text=True
+        )
+        rows["commit"] = git.stdout.strip() or "no git checkout"
     rows["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))
     rows["device"] = f"{args.world_size} x {torch.cuda.get_device_name() if args.device.type == 'cuda' else 'CPU'}"
     for use, dataset in datasets.items():
@@ -342,15 +348,6 @@ def append_record(folder: str, event: str, rows: dict, text: str = "") -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, "experiment.md"), "a", encoding="utf-8") as file:
         file.write(f"## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {event}\n\n| | |\n|---|---|\n{table}\n{text}\n\n")
-
-
-def git_commit() -> str:
-    """The commit of this code, and whether files differ from it; none where it is no git checkout."""
-    if not shutil.which("git"):
-        return "unknown: no git here"
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit, changes = (git(["git", *words]).stdout.strip() for words in (["rev-parse", "HEAD"], ["status", "--short"]))
-    return (commit or "unknown: no git checkout") + ", with changes that are not committed" * bool(changes)
 
 
 def describe(model: SpeechLLM) -> str:
