@@ -174,10 +174,11 @@ def test_the_map_has_a_row_for_each_token_and_an_axis_in_seconds(trained_model, 
 
 def test_the_command_writes_the_map(trained, world, tmp_path):
     flags = ["--attention", str(world / "clip3.wav"), "--model_path", str(trained), "--out", str(tmp_path / "map.png")]
-    with pytest.warns(UserWarning, match=r"of the like: Glyph .* missing from font|^$") as warned:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         plot.main(flags)
-        warnings.warn("", stacklevel=1)  # where fonts have Chinese there is no other
-    assert len(warned) <= 2
+    # The transcript is Chinese. Where no font has the characters, one warning stands for all of them.
+    assert len([warning for warning in caught if "Glyph" in str(warning.message)]) <= 1
     assert matplotlib.image.imread(tmp_path / "map.png").ndim == 3
 
 
