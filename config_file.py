@@ -24,7 +24,7 @@ def flags_of_file(path: str, flags: list[str]) -> list[str]:
     argv = []  # the file, as flags
     for key, value in [pair for section in sections for pair in section.items()]:
         if f"--{key}" not in flags:
-            raise InputError(f"{path}: unknown key {key!r}{nearest(key, [flag[2:] for flag in flags])}")
+            raise InputError(f"{path}: unknown key {key!r}{nearest(str(key), [flag[2:] for flag in flags])}")
         if value is False and key.endswith("_strategy"):
             value = "no"  # which YAML reads as false
         if isinstance(value, list):

@@ -101,6 +101,8 @@ def audio_seconds(record: dict) -> float:
 def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
     """The file of a clip. Raises BadUtterance if it is missing, unreadable, or ends before its header says."""
     try:
+        if not clip.audio.is_file():  # SoundFile would wait for the writer of a pipe
+            raise BadUtterance(f"{clip.audio}: no such file; wanted a wav, flac, ogg or mp3 file")
         with soundfile.SoundFile(clip.audio) as file:
             # libsndfile notes where a wav file has less data than its header says. Sizes of 2 GB and more mean that its
             # writer, at the end of a pipe, could not go back and fill them in.
@@ -110,9 +112,8 @@ def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
                 seconds = file.frames / file.samplerate
                 raise BadUtterance(f"{clip.audio}: cut off after {seconds:.2f} s; its header promises more")
             yield file
-    except (OSError, soundfile.SoundFileError) as error:
-        problem = f"unreadable ({error})" if clip.audio.is_file() else "no such file"
-        raise BadUtterance(f"{clip.audio}: {problem}; wanted a wav, flac, ogg or mp3 file") from None
+    except (OSError, TypeError, soundfile.SoundFileError) as error:  # TypeError: a file named .raw, without a header
+        raise BadUtterance(f"{clip.audio}: unreadable ({error}); wanted a wav, flac, ogg or mp3 file") from None
 
 
 # Prompts

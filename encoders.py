@@ -73,7 +73,7 @@ def load(
 def read_config(name: str, revision: str | None) -> PreTrainedConfig:
     """The config of a whole checkpoint. Raises InputError."""
     with as_input_error(name, "load a speech encoder", WANTED):
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if config.to_dict().get("add_adapter"):  # strided convolutions behind the last layer; MMS has adapter_attn_dim
         raise InputError(f"{name}: add_adapter is true in config.json; wanted an encoder that ends with its layers")
     return config
@@ -116,7 +116,7 @@ def load_parts(
 ) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
     """The model of this config and its feature extractor. `options` go to errors.load_pretrained. Raises InputError."""
     with as_input_error(name, "load a speech encoder", WANTED):
-        feature_extractor = AutoFeatureExtractor.from_pretrained(name, revision=revision)
+        feature_extractor = AutoFeatureExtractor.from_pretrained(name, revision=revision, trust_remote_code=False)
         options |= {"config": config, "dtype": dtype or "auto", "revision": revision or "main"}
         model = load_pretrained(model_class, name, **options)
     if feature_extractor.sampling_rate != SAMPLE_RATE:

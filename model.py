@@ -114,9 +114,8 @@ class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
             names = ", ".join(sorted(ACT2FN))
             raise InputError(f"config: projector_activation is {self.projector_activation}; wanted one of {names}")
         if self.chat_template and "{" not in self.chat_template and AUDIO not in self.chat_template:  # a file's name
-            if not Path(self.chat_template).is_file():
-                raise InputError(f"--chat_template {self.chat_template}: no such file")
-            self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
+            with as_input_error(f"--chat_template {self.chat_template}", "read it", "a Jinja file in UTF-8"):
+                self.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
@@ -207,7 +206,7 @@ def load_encoder(
         else:
             import encoders  # an option
 
-            if has_kind or transformers.AutoConfig.from_pretrained(name, revision=revision).model_type != "whisper":
+            if has_kind or encoders.read_config(name, revision).model_type != "whisper":
                 encoder = encoders.load(name, revision, layer, dtype)
             else:
                 encoder = WhisperEncoder(*encoders.load_whisper_parts(name, revision, layer, dtype))
@@ -285,14 +284,14 @@ def build_projector(config: SpeechLLMConfig, encoder_size: int, llm_size: int) -
 
 def load_llm(config: SpeechLLMConfig, device=None) -> tuple[transformers.PreTrainedTokenizerBase, PreTrainedModel]:
     """(tokenizer, causal LLM) of a config, the LLM straight on the device in its dtype. Raises InputError."""
-    options = {"dtype": config.frozen_dtype, "device_map": {"": device} if device else None}
+    options = {"dtype": config.frozen_dtype, "device_map": {"": device} if device else None, "trust_remote_code": False}
     if config.quantize:
         from quantize import quantization_config  # an option
 
         options["quantization_config"] = quantization_config(config.quantize)
     name, revision = config.llm_model_name_or_path, config.llm_revision
     with as_input_error(name, "load the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         llm = load_pretrained(transformers.AutoModelForCausalLM, name, revision=revision, **options)
     if not tokenizer("Transcribe the speech").input_ids:
         raise InputError(f"{name}: a tokenizer without a vocabulary; wanted its tokenizer.json or the like")
@@ -834,7 +833,7 @@ def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides)
         if not isinstance(values, dict) or values.get("model_type") != config_class.model_type:
             raise ValueError("it describes another kind of model")
         config_class(**values)  # only to check them
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix("config: ")
         raise InputError(f"{path}: {problem}; wanted a folder that train.py or save_pretrained wrote") from None
     for part, revision in REVISION_OF.items():  # names of fields

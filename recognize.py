@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from glob import escape
 from hashlib import sha256
@@ -53,8 +54,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="default: this process's GPU if there is one, else cpu")
     add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch_size {args.batch_size}: wanted 1 or more")
+    if args.batch_size < 1 or args.num_workers < 0:
+        parser.error(
+            f"--batch_size {args.batch_size} --num_workers {args.num_workers}: wanted 1 or more, and 0 or more"
+        )
     if not args.model_path and not args.projector_model_path:
         parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
     if bool(args.audio) == bool(args.data_path) or bool(args.data_path) != bool(args.result_path):
@@ -86,10 +89,6 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     from dataset import open_records
 
     records = open_records(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
-    if not (folder := Path(args.result_path).parent).is_dir():
-        raise InputError(f"{folder}: no such folder, for --result_path {args.result_path}")
-    if not args.result_path.endswith((".txt", ".jsonl")):
-        raise InputError(f"--result_path {args.result_path}: wanted the ending .txt or .jsonl")
     rank, num_processes, wait_for_all = 0, int(os.environ.get("WORLD_SIZE", 1)), lambda: None
     if num_processes > 1:
         import distributed  # an option
@@ -151,6 +150,32 @@ def key_of_result(model: "SpeechLLM", records: Records, options: DecodingOptions
     return digest.hexdigest()
 
 
+@contextmanager
+def only_writer_of(result_path: str) -> Iterator[None]:
+    """Hold a lock in result.txt.lock, which the kernel frees at a kill. InputError if another decode holds it."""
+    if not result_path.endswith((".txt", ".jsonl")) or os.path.isdir(result_path):
+        raise InputError(f"--result_path {result_path}: wanted the ending .txt or .jsonl, and no folder there")
+    try:
+        file, rank = open(f"{result_path}.lock", "w"), int(os.environ.get("RANK", 0))  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--result_path {result_path}: cannot be written there ({error.strerror})") from None
+    with file:
+        try:
+            import fcntl  # not on Windows
+
+            # One byte for each rank. Unlike those of flock, such locks do not pass on to data-loading processes.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except BlockingIOError:
+            raise InputError(f"{result_path}: another process is decoding into it; wait, or name another") from None
+        except (ImportError, OSError):
+            pass  # some network disks know no locks either
+        try:
+            yield
+        finally:
+            if rank == 0:
+                os.unlink(file.name)
+
+
 def unfinished_files(result_path: str) -> list[Path]:
     return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.partial-*"))
 
@@ -159,8 +184,8 @@ def read_unfinished(result_path: str, key: str) -> tuple[dict[int, Hypothesis], 
     """Finished hypotheses by index, and the files with another key, which are of no use."""
     finished, foreign = {}, []  # by index; of another key
     for path in unfinished_files(result_path):
-        head, *lines = path.read_bytes().split(b"\n")[:-1] or [b"null"]  # a line without its end was torn by the kill
-        if json.loads(head) == key:  # the same model, records and options
+        head, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]  # a line without its end was torn by the kill
+        if head == json.dumps(key).encode():  # the same model, records and options
             finished |= {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
         else:
             foreign.append(path)
@@ -204,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     if (options.confidence or options.nbest > 1) and not (args.result_path or "").endswith(".jsonl"):
         raise InputError("--confidence, --nbest: nothing else has room for them; wanted --result_path NAME.jsonl")
     if args.data_path:
-        return recognize_manifest(args, options)
+        with only_writer_of(args.result_path):
+            return recognize_manifest(args, options)
     print(*load_model(args).transcribe(args.audio, args.batch_size, args.num_workers, **asdict(options)), sep="\n")
 
 

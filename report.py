@@ -100,7 +100,7 @@ def read_hypotheses(path: str, keys: Sequence[str]) -> list[str]:
         try:
             row = json.loads(line)
             row_key, hypothesis = str(row["key"]), row["pred"] + ""  # TypeError if it is no text
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{path}:{number}: wanted a JSON object with 'key' and 'pred'; decode again") from None
         if row_key != key:
             raise InputError(f"{path}:{number}: found key {row_key!r}; wanted {key!r}; decode this manifest")

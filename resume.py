@@ -4,8 +4,15 @@ import json
 import math
 from pathlib import Path
 
-from errors import InputError
+import torch
+
+from errors import InputError, as_input_error
 from manifest import Records
+
+# What the files of a checkpoint name beside what torch itself takes for data
+DATA_CLASSES = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct"}  # random states
+DATA_CLASSES |= {f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")}
+DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum"}
 
 
 def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
@@ -28,7 +35,21 @@ def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
     if not (list(folder.glob("rng_state*")) and [*folder.glob("optimizer.pt"), *folder.glob("global_step*")]):
         cure = f"start from them with --projector_model_path {folder}/model.safetensors and another --output_dir"
         raise InputError(f"{folder}: no run can go on from weights alone, as --save_only_model keeps them; {cure}")
+    refuse_code(folder)
     return str(folder)
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Raise InputError if a file that Trainer or DeepSpeed unpickles names anything but data.
+
+    DeepSpeed loads its files with weights_only=False: a pickle of a stranger would run there.
+    """
+    for pattern in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/**/*.pt"):
+        for path in sorted(checkpoint.glob(pattern)):
+            with as_input_error(str(path), "read it", "what torch.save wrote"):
+                others = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - DATA_CLASSES
+            if others:
+                raise InputError(f"{path}: names {', '.join(sorted(others))}, which could run; wanted data alone")
 
 
 def step_of(checkpoint: str | Path) -> int | None:

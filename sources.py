@@ -43,7 +43,10 @@ def folder(place: str, needs_text: bool) -> Records:
         if path.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
             record, text = {"wav": str(path)}, path.with_suffix(".txt")
             if text.is_file():
-                record["txt"] = " ".join(text.read_text(encoding="utf-8").split())
+                try:
+                    record["txt"] = " ".join(text.read_text(encoding="utf-8").split())
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{text}: {error}; wanted text in UTF-8") from None
             check_record(record, str(path), needs_text)
             records.append(record | {"where": str(path)})
     if not records:
@@ -56,12 +59,12 @@ def nemo(place: str, needs_text: bool) -> Records:
     path, records = Path(place), []
     if not path.is_file():
         raise InputError(f"nemo:{place}: no such file; wanted JSON lines with 'audio_filepath' and 'text'")
-    for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().strip().split(b"\n"), 1):
         where = f"{place}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             record = {"wav": row["audio_filepath"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{where}: {error!r}; wanted a JSON object with 'audio_filepath'") from None
         names = {"text": "txt", "duration": "duration", "offset": "start"}
         record |= {ours: row[theirs] for theirs, ours in names.items() if theirs in row}

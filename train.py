@@ -40,6 +40,8 @@ from model import ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, optio
 ROOT = Path(__file__).parent
 OTHER_NAMES = {"whisper_model_name_or_path": "encoder_name_or_path", "dtype": "frozen_dtype"}
 OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
+LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+LEAST |= {"learning_rate": 0, "dataloader_num_workers": 0, "seed": 0}  # of numbers that transformers does not check
 
 
 @dataclass
@@ -115,13 +117,15 @@ def check(data: DataArguments, args: TrainArguments) -> None:
     if args.deepspeed and "WORLD_SIZE" not in os.environ:
         cure = "start it with torchrun --standalone --nproc_per_node=1 train.py ..., or leave --deepspeed out"
         raise InputError(f"--deepspeed {args.deepspeed}: this is one process on its own; {cure}")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: wanted 1 or more")
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:  # nor NaN
+            raise InputError(f"--{name} {getattr(args, name)}: wanted {least} or more")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise InputError(f"--num_train_epochs {args.num_train_epochs}: wanted more than 0, or --max_steps")
     if args.n_gpu > 1:
         cure = f"torchrun --standalone --nproc_per_node={args.n_gpu} train.py ..., or set CUDA_VISIBLE_DEVICES=0"
         raise InputError(f"one process sees {args.n_gpu} GPUs; start it with {cure}")
-    if Path(args.output_dir).is_file():
+    if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         raise InputError(f"--output_dir {args.output_dir}: a file is there; wanted a folder, or a name for a new one")
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_manifest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dataset import open_records
 from errors import InputError
@@ -142,6 +144,43 @@ def test_a_missing_and_an_empty_manifest_are_errors_that_name_it(tmp_path):
 def test_a_transcript_is_needed_only_where_it_is_used(tmp_path):
     path = write_manifest(tmp_path / "test.jsonl", [{"wav": "a.wav"}, {"messages": [QUESTION]}])
     assert [transcript_of(record) for record in Manifest(path, needs_text=False)] == [None, None]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["wav", "txt", "key", "start", "end", "duration", "prompt", "messages", "other"])
+TURNS = st.lists(st.dictionaries(st.sampled_from(["role", "content", "audio"]), JSON | st.just("<audio>")), max_size=3)
+RECORDS = st.dictionaries(KEYS, JSON | TURNS, max_size=6) | st.fixed_dictionaries({"wav": st.text(), "txt": st.text()})
+LINES = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(json.dumps).map(str.encode),
+    RECORDS.map(json.dumps).map(str.encode),
+    RECORDS.map(json.dumps).flatmap(lambda text: st.integers(0, len(text)).map(lambda end: text[:end].encode())),
+)
+
+
+@given(
+    lines=st.lists(LINES, min_size=1, max_size=4), end=st.sampled_from([b"\n", b"\r\n", b""]), needs_text=st.booleans()
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_records_or_one_line_of_wrong_input_with_its_number(tmp_path, lines, end, needs_text):
+    """What is accepted can be asked for its key, clips, transcript and duration."""
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(b"\n".join(lines) + end)
+    try:
+        manifest = Manifest(path, needs_text)
+        for record in manifest:
+            assert isinstance(key_of(record), str)
+            assert all(isinstance(clip.audio, Path) for clip in clips_of(record))
+            assert isinstance(transcript_of(record), str | None)
+            json.dumps(record, default=str, ensure_ascii=False).encode()  # can be written into a result
+        assert len(manifest) == len(path.read_bytes().rstrip(b"\n").split(b"\n"))
+    except InputError as error:
+        assert re.match(rf"{re.escape(str(path))}:(\d+): ", str(error)) or "the manifest is empty" in str(error)
+        assert not re.search(r"[\r\n]", str(error))
 
 
 def test_text_keeps_every_character_of_every_script(tmp_path):

@@ -1,16 +1,19 @@
 """The recognition command: what it writes, in which order, after a kill, and what it says about bad clips."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import MODEL_FLAGS, make_llm, write_manifest
+from conftest import MODEL_FLAGS, Job, make_llm, write_manifest
 
 import recognize
 import score
@@ -226,6 +229,41 @@ def test_two_processes_killed_are_gone_on_from_by_one(world, trained, decoded, c
     assert [path.name for path in tmp_path.iterdir()] == ["result.txt"]
 
 
+@pytest.fixture
+def busy(world, trained, decoded, launch, tmp_path) -> Job:
+    """A decode into result.txt that has begun, and for which there is enough to do."""
+    rows = [{"wav": str(world / f"clip{number % 20}.wav")} for number in range(400)]
+    write_manifest(tmp_path / "long.jsonl", rows)
+    flags = f"{DECODE} --data_path {tmp_path}/long.jsonl --batch_size 1 --num_workers 2"
+    job = launch("recognize.py", f"{flags} --result_path {tmp_path}/result.txt")
+    while not num_finished(tmp_path / "result.txt") and job.processes[0].is_alive():
+        time.sleep(0.01)
+    yield job
+    job.kill()
+
+
+def test_a_second_decode_into_the_same_file_is_refused_and_the_first_goes_on(busy, call, launch, tmp_path):
+    flags = f"{DECODE} --result_path {tmp_path}/result.txt"
+    error = f"{tmp_path}/result.txt: another process is decoding into it; wait, or name another"
+    assert error_of(call, flags) == error
+    assert launch("recognize.py", flags).wait().the_error() == f"error: {error}"
+    assert busy.processes[0].is_alive()
+
+
+def test_after_a_kill_the_file_is_free_at_once_though_loading_processes_live_on(busy, call, world, tmp_path):
+    os.kill(busy.processes[0].pid, signal.SIGKILL)
+    busy.processes[0].join()
+    screen = call(recognize.main, f"{DECODE} --batch_size 5 --result_path {tmp_path}/result.txt")
+    assert "starting over" in screen.err  # it is the result of another manifest
+    assert lines(tmp_path / "result.txt") == lines(world / "decoded.txt")
+    assert not list(tmp_path.glob("result.txt.*"))
+
+
+def test_a_decode_that_fails_leaves_nothing_beside_its_result(trained, call, tmp_path):
+    error_of(call, f"{DECODE} --prompt Hi --result_path {tmp_path}/result.txt")
+    assert not list(tmp_path.iterdir())
+
+
 CHANGES = {
     "model": "--model_path trained/checkpoint-5",
     "manifest": "--data_path fewer.jsonl",
@@ -349,23 +387,6 @@ def test_a_command_line_that_lacks_something_fails_with_status_2(flags, told, ca
 def test_wrong_paths_and_values_are_one_line(flags, told, trained, call):
     result = "" if "--result_path" in flags else "--result_path never.txt"
     assert told in error_of(call, f"--data_path corpus.jsonl {result} {flags}")
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (None, "broken.jsonl: no such manifest"),
-        ("", "broken.jsonl: the manifest is empty"),
-        ('{"wav": "a.wav"}\n{"wav": "b.wav", "txt": \n', "broken.jsonl:2: malformed JSON"),
-        ('{"wav": "a.wav"}\n{"txt": "b"}\n', "broken.jsonl:2: missing ['wav']"),
-        ('{"wav": "a.wav"}\n["b.wav", "b"]\n', "broken.jsonl:2: found "),
-    ],
-)
-def test_a_broken_manifest_is_told_with_file_and_line(text, told, tmp_path, call):
-    if text is not None:
-        (tmp_path / "broken.jsonl").write_text(text)
-    flags = f"--model_path trained --data_path {tmp_path}/broken.jsonl --result_path {tmp_path}/result.txt"
-    assert told in error_of(call, flags)
 
 
 def test_wrong_input_ends_the_command_with_exit_status_2(launch):

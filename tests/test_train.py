@@ -748,24 +748,6 @@ def test_training_on_nothing_but_bad_utterances_is_an_error(kind, chinese_llm, c
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (None, "broken.jsonl: no such manifest"),
-        ("", "broken.jsonl: the manifest is empty"),
-        ('{"wav": "a.wav", "txt": "a"}\n{"wav": "b.wav", "txt": \n', "broken.jsonl:2: malformed JSON"),
-        ('{"wav": "a.wav", "txt": "a"}\n{"wav": "b.wav"}\n', "broken.jsonl:2: missing ['txt']"),
-        ('{"wav": "a.wav", "txt": "a"}\n{"txt": "b"}\n', "broken.jsonl:2: missing ['wav']"),
-        ('{"wav": "a.wav", "txt": "a"}\n["b.wav", "b"]\n', "broken.jsonl:2: found "),
-    ],
-)
-def test_a_broken_manifest_is_told_with_file_and_line(text, told, tmp_path, call):
-    if text is not None:
-        (tmp_path / "broken.jsonl").write_text(text)
-    flags = f"--data_path {tmp_path}/broken.jsonl --output_dir {tmp_path}/run --on_bad_audio skip"
-    assert told in error_of(call, f"{BAD_FLAGS} {flags}")
-
-
-@pytest.mark.parametrize(
     ("flags", "told"),
     [
         ("--llm_model_name_or_path no_llm", "no_llm: cannot load the LLM"),
