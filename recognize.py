@@ -55,9 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--llm_type", help=argparse.SUPPRESS)  # older commands give it; the tokenizer knows its stop tokens
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.num_workers < 0:
-        parser.error(
-            f"--batch_size {args.batch_size} --num_workers {args.num_workers}: wanted 1 or more, and 0 or more"
-        )
+        parser.error(f"--batch_size {args.batch_size} --num_workers {args.num_workers}: wanted at least 1 and 0")
     if not args.model_path and not args.projector_model_path:
         parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
     if bool(args.audio) == bool(args.data_path) or bool(args.data_path) != bool(args.result_path):

@@ -364,7 +364,7 @@ def test_a_template_may_place_the_audio_itself(build_of, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jinja", "nowhere.txt"])
 def test_a_template_that_is_missing_is_one_line(name):
-    with pytest.raises(InputError, match=f"--chat_template {name}: cannot load it .*No such file"):
+    with pytest.raises(InputError, match=f"--chat_template {name}: cannot read it .*No such file"):
         SpeechLLMConfig(chat_template=name)
 
 
