@@ -43,10 +43,7 @@ def folder(place: str, needs_text: bool) -> Records:
         if path.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
             record, text = {"wav": str(path)}, path.with_suffix(".txt")
             if text.is_file():
-                try:
-                    record["txt"] = " ".join(text.read_text(encoding="utf-8").split())
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{text}: {error}; wanted text in UTF-8") from None
+                record["txt"] = " ".join(text_of(text).split())
             check_record(record, str(path), needs_text)
             records.append(record | {"where": str(path)})
     if not records:
@@ -109,12 +106,20 @@ def read_table(path: Path) -> dict[str, tuple[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; wanted a Kaldi data folder with wav.scp and text")
     rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), 1):
+    for number, line in enumerate(text_of(path).strip().split("\n"), 1):
         key, _, rest = line.strip().partition(" ")
         if key in rows:
             raise InputError(f"{path}:{number}: {key!r} stands in line {rows[key][0].rpartition(':')[2]} too")
         rows[key] = f"{path}:{number}", rest.strip()
     return rows
+
+
+def text_of(path: Path) -> str:
+    """The text of a file. Raises InputError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {error}; wanted text in UTF-8") from None
 
 
 SOURCES: dict[str, Callable[[str, bool], Records]] = {"folder": folder, "nemo": nemo, "kaldi": kaldi}
