@@ -25,6 +25,7 @@ HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 KANA = "\u3040-\u30ff\u31f0-\u31ff"
 UNSPACED = f"{HAN}{KANA}\u0e00-\u0e7f"  # and Thai: no spaces between words
 SYLLABIC = f"{HAN}{KANA}\uac00-\ud7a3"  # and Hangul: about a syllable each
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # a word; a character in Chinese, Japanese and Thai
 
 MAX_SYLLABIC_PER_SECOND = 25
 MAX_LETTERS_PER_SECOND = 50  # without whitespace; 400 English words a minute are about 30
@@ -42,8 +43,7 @@ HELP = r"(?:provide|assist|fulfill|clarify|context|request|understand|confusion|
 CHAT = re.compile(
     r"^(?:(?:oh )?(?:im|i am) (?:\w+ )?sorry|sorry|i apologi[sz]e|my apologies|(?:es )?tut mir (?:\w+ )?leid"
     rf"|entschuldigung|(?:je suis )?(?:\w+ )?désolée?|lo (?:siento|lamento))\b.{{0,80}}?\b(?:{AUDIO}|{HELP}\w*)"
-    r"|^(?:sure|certainly|of course|absolutely|gerne|natürlich|bien sûr|claro|por supuesto)\b.{0,40}?"
-    r"\b(?:trans[ck]ri\w+|l?audio|assist)\b"
+    rf"|^(?:sure|certainly|of course|absolutely|natürlich|bien sûr|claro|por supuesto)\b.{{0,40}}\b(?:{AUDIO}|assist)\b"
     r"|\b(?:as an?|als(?: eine?)?|en tant que?|como(?: una?)?) ?(?:(?:large|ai|ki) )*(?:ai|ki|ia|language model"
     r"|artificial intelligence|sprachmodell|modèle de langage|modelo de lenguaje)\b(?: \w+){0,3}"
     rf"|\b(?:no|keine?|aucune?|ningún) (?:\w+ )?{AUDIO} (?:\w+ ){{0,3}}?(?:to trans|d[eé]te[ck]t|provid|attach|erkannt"
@@ -53,17 +53,14 @@ CHAT = re.compile(
     r"|\b(?:please (?:provide|upload|share|send)|bitte (?:laden|stellen|senden)|veuillez (?:fournir|envoyer)"
     rf"|por favor (?:proporcion|env[ií]|sub|compart)\w+) (?:\w+ ){{0,4}}?(?:text\b|{AUDIO})"
     rf"|\btranscript(?:ion)? of (?:the|this|your) (?:\w+ )?{AUDIO} (?:is|reads)\b"
-    r"|\b(?:here is|heres|this is|below is|hier ist|voici|aquí está|aquí tienes) (?:\w+ ){1,3}?trans[ck]ri\w*"
-    r"(?: \w+){0,3}"
+    r"|\b(?:here is|heres|this is|below is|hier ist|voici|aquí está) (?:\w+ ){1,3}?trans[ck]ri\w*(?: \w+){0,3}"
     r"|\b(?:how (?:can|may) i (?:assist|help) you|kann ich (?:ihnen|dir) helfen|puis je vous aider|puedo ayudar\w*)\b"
-    # Chinese and Japanese
     rf"|^我?(?:很|非常|十分)?(?:抱歉|[对對]不起).{{0,20}}?(?:[无無]法|提供|{HANZI})"
     rf"|^(?:大変)?(?:申し訳|すみません).{{0,20}}?(?:提供|手伝い|{HANZI})"
     rf"|^(?:好的|[当當]然|はい|承知|もちろん).{{0,12}}?{HANZI}"
-    r"|作[为為].{0,8}?(?:[语語]言模型|ai助手|智能助[手理])|(?:ai|言語モデル)(?:として|なので)"
+    r"|作[为為].{0,8}?(?:[语語]言模型|ai助手|智能助[手理])|(?:ai|言語モデル)として|[没沒]有[检檢][测測]到(?:[语語]音|音[频頻])"
     rf"|[请請][您你]?[先再]?(?:提供|上[传傳]|[发發]送).{{0,8}}?(?:{HANZI}|文本)|{HANZI}.{{0,16}}?(?:できません|ください)"
-    rf"|(?:以下|下面|[这這])是.{{0,8}}?{HANZI}.{{0,4}}?(?:[结結]果|[内內]容|文[本字])|(?:以下|こちら)[はが].{{0,6}}?{HANZI}"
-    rf"|[没沒]有[检檢][测測]到.{{0,3}}?{HANZI}"
+    rf"|(?:(?:以下|下面|[这這])是|(?:以下|こちら)[はが]).{{0,8}}?{HANZI}.{{0,4}}?(?:[结結]果|[内內]容|文[本字])"
 )
 ECHO = re.compile(
     r"\b(?:im_start|im_end|endoftext|begin_of_text|end_of_text|eot_id|start_of_turn|end_of_turn)\b"
@@ -81,11 +78,10 @@ def hallucination(reference: str, hypothesis: str, duration_seconds: float | Non
         phrase = pattern.search(plain_hypothesis)
         if phrase and not is_spoken(phrase[0], plain_reference, pattern):
             return f'{kind}: "{shorten(phrase[0], 60)}"'
-    tokens, reference_tokens = tokens_of(plain_hypothesis), tokens_of(plain_reference)
+    tokens, reference_tokens = TOKEN.findall(plain_hypothesis), TOKEN.findall(plain_reference)
     if reason := find_loop(tokens, reference_tokens) or find_run_on(tokens, reference_tokens):
         return reason
-    limit = float("inf") if duration_seconds is None else duration_seconds + GRACE_SECONDS
-    if least_seconds(hypothesis) > limit >= least_seconds(reference):
+    if duration_seconds is not None and least_seconds(hypothesis) > duration_seconds >= least_seconds(reference):
         return f"too long: {len(''.join(hypothesis.split())):,} characters in {duration_seconds:.2f} s"
     return None
 
@@ -102,11 +98,6 @@ def is_spoken(phrase: str, text: str, pattern: re.Pattern) -> bool:
     # partial_ratio looks for the shorter in the longer: it would find a text of one word in any phrase.
     likeness = fuzz.partial_ratio(phrase, text) if len(phrase) <= len(text) else fuzz.ratio(phrase, text)
     return likeness >= SPOKEN_LIKENESS or pattern.search(text) is not None
-
-
-def tokens_of(text: str) -> list[str]:
-    """Words; characters in Chinese, Japanese and Thai."""
-    return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
 
 
 def find_loop(tokens: list[str], spoken: list[str]) -> str | None:
@@ -126,19 +117,17 @@ def find_loop(tokens: list[str], spoken: list[str]) -> str | None:
 
 def find_run_on(tokens: list[str], spoken: list[str]) -> str | None:
     """What follows a transcript that is whole, as a reason; or None."""
-    tail = tokens[len(spoken) :]
-    if len(spoken) < 3 or len(tail) < max(RUN_ON_TOKENS, len(spoken)):
-        return None
-    if fuzz.ratio(tokens[: len(spoken)], spoken) < SPOKEN_LIKENESS:
-        return None
-    return f'run-on: {len(tail)} tokens after the transcript: "{shorten(plain_text(" ".join(tail)), 60)}"'
+    head, tail = tokens[: len(spoken)], tokens[len(spoken) :]
+    if len(head) > 2 and len(tail) >= max(RUN_ON_TOKENS, len(head)) and fuzz.ratio(head, spoken) >= SPOKEN_LIKENESS:
+        return f'run-on: {len(tail)} tokens after the transcript: "{shorten(plain_text(" ".join(tail)), 60)}"'
+    return None
 
 
 def least_seconds(text: str) -> float:
-    """The least time in which the text could be said."""
+    """Text that can be said has a segment as long as this, or longer."""
     num_syllabic = len(re.findall(f"[{SYLLABIC}]", text))
     num_letters = len("".join(text.split())) - num_syllabic  # of alphabets
-    return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND
+    return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND - GRACE_SECONDS
 
 
 def shorten(text: str, width: int) -> str:

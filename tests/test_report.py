@@ -50,14 +50,15 @@ def test_the_summary_comes_first_and_the_counts_follow(data_path, report_of, tmp
     report = report_of(data_path, result_path)
     lines = report.splitlines()
     assert lines[0] == "WER 175.00 / 33.33, 1 of 3 lines left out"
-    assert lines[1] == "wer counts words between whitespace; normalizer: none"
-    assert lines[2].endswith(": errors 14: substitutions 3, deletions 1, insertions 10, reference length 8")
-    assert lines[3].endswith(": errors 2: substitutions 1, deletions 1, insertions 0, reference length 6")
+    assert lines[1].startswith("95 % interval ") and lines[1].endswith(", over 3 utterances")
+    assert lines[2] == "wer counts words between whitespace; normalizer: none"
+    assert lines[3].endswith(": errors 14: substitutions 3, deletions 1, insertions 10, reference length 8")
+    assert lines[4].endswith(": errors 2: substitutions 1, deletions 1, insertions 0, reference length 6")
 
 
 def test_each_line_left_out_is_listed_with_its_number_key_reason_and_text(data_path, report_of, tmp_path):
     report = report_of(data_path, write_txt(tmp_path, "", "", f"{REFUSAL} " * 5))
-    line, text = report.splitlines()[4:6]
+    line, text = report.splitlines()[5:7]
     assert line.startswith(f'left out: {data_path}:3 c: chat: "i apologize')
     assert text.strip().startswith(REFUSAL) and text.endswith("…") and len(text) < 100
 
@@ -107,6 +108,8 @@ def test_json_output_is_one_object_of_fractions(data_path, report_of, tmp_path):
     result_path = write_txt(tmp_path, "the hat sat", "good morning", REFUSAL)
     result = json.loads(report_of(data_path, result_path, "--json"))
     counts = {"substitutions": 1, "deletions": 1, "insertions": 0, "reference_length": 6, "rate": 2 / 6}
+    low, high = result["filtered"].pop("interval_over_utterances")
+    assert low <= 2 / 6 <= high
     assert result["filtered"] == counts
     assert result["all"]["rate"] == 14 / 8
     assert (result["metric"], result["normalizer"], result["num_lines"]) == ("wer", "none", 3)
@@ -190,7 +193,12 @@ def test_a_metric_or_a_normalizer_is_a_function_and_a_row(monkeypatch, report_of
     with pytest.raises(SystemExit):
         main(["--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    for text in ("{auto,wer,cer,ser}", "ser: whole lines", "{none,basic,english,letters}", "letters: no digits"):
+    for text in (
+        "{auto,wer,cer,ser}",
+        "ser: whole lines",
+        "{none,basic,english,chinese,letters}",
+        "letters: no digits",
+    ):
         assert text in help_text
 
 
