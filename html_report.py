@@ -47,11 +47,12 @@ PAGE = """<!doctype html>
   .tokens { display: flex; flex-wrap: wrap; gap: .5rem .15rem; margin: .6rem 0; }
   .tokens span { display: grid; grid-template-rows: 1fr 1fr; min-height: 3em; padding: 0 .2rem; border-radius: .25rem;
                  overflow-wrap: anywhere; text-align: center; }
-  .tokens i { font-style: normal; color: var(--dim); }
-  .substitute { background: var(--substitute); } .substitute i { color: inherit; }
+  .tokens b { font-weight: normal; } .tokens i { font-style: normal; color: var(--dim); }
+  .substitute { background: var(--substitute); } .tokens .substitute * { font-weight: 600; color: inherit; }
   .delete { background: var(--delete); } .delete s { text-decoration-thickness: 2px; }
-  .insert { background: var(--insert); } .insert i { color: inherit; text-decoration: underline; }
+  .insert { background: var(--insert); } .tokens .insert i { color: inherit; text-decoration: underline; }
   .key span { padding: 0 .4rem; border-radius: .25rem; }
+  @media (max-width: 40rem) { form { position: static; } }
   audio { display: block; width: min(100%, 26rem); height: 2.2rem; margin-top: .3rem; }
 </style>
 <h1>{{ report[0] }}</h1>
@@ -80,7 +81,7 @@ PAGE = """<!doctype html>
   <div class="tokens" dir="auto">{% for token in line.tokens %}<span class="{{ token.kind }}">
     {%- if token.kind == "delete" %}<s>{{ token.reference }}</s>{% else %}<b>{{ token.reference }}</b>{% endif -%}
     <i>{{ token.hypothesis }}</i></span>{% endfor %}</div>
-  {% for clip in line.audio %}<audio controls preload="none" src="{{ clip }}"></audio>{% endfor %}
+  {% for clip in line.audio %}<audio controls preload="metadata" src="{{ clip }}"></audio>{% endfor %}
   {% if line.problem %}<small>no audio: {{ line.problem }}</small>{% endif %}
 </article>
 {% endfor %}

@@ -215,20 +215,26 @@ def remarks(system: System) -> list[str]:
 
 def compared(args: argparse.Namespace, first: System, second: System) -> tuple[dict, list[str]]:
     """Two systems and the lines in which they differ most: figures for --json, and lines to read."""
-    from comparison import compare  # an option
+    from comparison import differences, paired_test  # an option
 
-    rows, figures, lines = first.rows, {"systems": [as_dict(first), as_dict(second)]}, []
+    rows, figures, lines = first.rows, {"first": as_dict(first), "second": as_dict(second)}, []
     for path, system in zip(args.compare, (first, second), strict=True):
         lines += [f"{path}: {system.result.summary()}", *(f"    {line}" for line in interval_lines(system))]
-    comparison = compare(first.result.lines, second.result.lines, args.num_resamples, rows.speakers)
-    if comparison is None:
-        return figures, [*lines, "nothing to compare: every reference is empty"]
-    lines += [str(comparison), f"tested over {'speakers' if rows.speakers else 'utterances'}; all lines count"]
-    for index in comparison.largest[:MAX_DIFFERENT]:
-        errors = [system.result.lines[index].errors for system in (first, second)]
-        lines.append(f"errors {errors[0]} -> {errors[1]}: {rows.places[index]} {rows.keys[index]}")
-        texts = rows.references[index], first.rows.hypotheses[index], second.rows.hypotheses[index]
-        names = "reference", "first", "second"
-        lines += [f"    {name:9} {shorten(text, 100)}" for name, text in zip(names, texts, strict=True)]
-    different = [rows.places[index] for index in comparison.largest]
-    return figures | {"comparison": asdict(comparison) | {"largest": different}}, lines
+    counts = first.result.lines, second.result.lines
+    for name in first.intervals:  # none where every reference is empty
+        test = paired_test(*counts, args.num_resamples, rows.speakers if name == "speakers" else None)
+        figures[f"test_over_{name}"] = asdict(test)
+        lines.append(f"all lines, over {name}: {test}")
+    by_line = differences(*counts)
+    figures |= {"num_better": by_line.num_better, "num_worse": by_line.num_worse}
+    figures["different"] = [rows.places[index] for index in by_line.largest]
+    lines.append(
+        f"the second is better in {by_line.num_better:,} lines, worse in {by_line.num_worse:,}; most in these:"
+    )
+    for index in by_line.largest[:MAX_DIFFERENT]:
+        errors = " -> ".join(str(system.result.lines[index].errors) for system in (first, second))
+        lines.append(f"{rows.places[index]} {rows.keys[index]}: errors {errors}")
+        for system, name in ((first, "first"), (second, "second")):
+            lines.append(f"    {name:9} {shorten(system.rows.hypotheses[index], 100)}")
+        lines.append(f"    reference {shorten(rows.references[index], 100)}")
+    return figures, lines

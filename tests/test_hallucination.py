@@ -172,6 +172,8 @@ def test_loops_of_words_or_of_characters_are_left_out(hypothesis, ngram, times):
         ("no no no", "no no no no no"),
         ("no no no no no no no no no no no no", "no no no no no no no no no no no no no no"),
         ("ha " * 20, "ha " * 12),
+        ("it is a very long word " * 6, "it was a very long word or two " * 6),
+        ("la la la la la la la la la la la la", "na na na na na na na na na na na na"),
         ("row row row your boat", "row row row row your boat"),
         ("哈哈哈哈哈哈", "哈哈哈哈哈哈哈哈"),
         ("好好好", "好好好好好"),
