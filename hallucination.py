@@ -107,11 +107,11 @@ def find_loop(tokens: list[str], spoken: list[str]) -> str | None:
     texts += [(word, "".join(spoken), LOOP_EXTRA[1]) for word in tokens if len(word) > LOOP_EXTRA[1]]
     for text, reference, too_many in texts:
         for loop in LOOP.finditer(text):
-            n = len(loop[1])  # somebody may have said something as often, in other words: na na na for la la la
-            num_spoken = max((len(run[0]) - len(run[1]) for run in re.finditer(r"(.+?)\1+", reference)), default=0)
-            if len(loop[0]) - n - num_spoken >= too_many:
+            n, times = len(loop[1]), len(loop[0]) // len(loop[1])
+            spoken_runs = re.finditer(r"(.+?)\1\1+", reference)  # of anything: na na na for la la la is an error
+            if n * (times - max((len(run[0]) // len(run[1]) for run in spoken_runs), default=1)) >= too_many:
                 units = loop[1] if text in tokens else " ".join(tokens[loop.start() : loop.start() + n])
-                return f'loop: "{shorten(plain_text(units), 60)}" {len(loop[0]) // n} times in a row'
+                return f'loop: "{shorten(plain_text(units), 60)}" {times} times in a row'
     return None
 
 
