@@ -4,10 +4,12 @@ score.py gives its rate with and without them, as WeST does (https://github.com/
 such a filter takes for a hallucination flatters the second figure: it would rather miss one, the first figure always
 stands beside the second, and each line left out is listed with its reason:
 
-chat      Refusals and assistant talk in English and Chinese, unless the reference says something close to it. An
-          apology counts only when it goes on about audio, transcripts, requests and the like.
-loop      The same words over and over (characters in Chinese, Japanese and Thai), far more often than in the
-          reference. Radford et al. 2022, arXiv:2212.04356, section 4.5; Barański et al. 2025, arXiv:2501.11378.
+chat      Refusals and assistant talk in six languages, unless the reference says something close to it. An apology
+          counts only when it goes on about audio, transcripts, requests and the like.
+echo      The instruction of the prompt or a token of the chat template, unless the reference says it.
+loop      The same words over and over (characters in Chinese, Japanese and Thai; letters within a word), far more often
+          than in the reference. Radford et al. 2022, arXiv:2212.04356, 4.5; Barański et al. 2025, arXiv:2501.11378.
+run-on    The transcript, and after it more than as much again: the LLM did not stop.
 too long  More text than anyone could say in the time, while the reference fits. The limits are more than twice the mean
           rates of read speech, 5.2 to 7.8 syllables a second: Pellegrino et al. 2011, Language 87(3).
 Fluent text that was never spoken (Koenecke et al. 2024, arXiv:2402.08021) is none of these: it stays in both.
@@ -15,7 +17,6 @@ Fluent text that was never spoken (Koenecke et al. 2024, arXiv:2402.08021) is no
 
 import re
 import unicodedata
-from collections import Counter
 
 from rapidfuzz import fuzz  # comes with jiwer, which aligns with it
 
@@ -24,39 +25,46 @@ HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 KANA = "\u3040-\u30ff\u31f0-\u31ff"
 UNSPACED = f"{HAN}{KANA}\u0e00-\u0e7f"  # and Thai: no spaces between words
 SYLLABIC = f"{HAN}{KANA}\uac00-\ud7a3"  # and Hangul: about a syllable each
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # a word; a character in Chinese, Japanese and Thai
 
 MAX_SYLLABIC_PER_SECOND = 25
 MAX_LETTERS_PER_SECOND = 50  # without whitespace; 400 English words a minute are about 30
 GRACE_SECONDS = 1.0  # segment times are often cut a little short
-LOOP_REPEATS = 4  # an n-gram that stands fewer times than this in a row is no loop
-LOOP_EXTRA_TOKENS = 8  # nor is one that repeats fewer tokens than this beyond what the reference repeats
+LOOP = re.compile(r"(.+?)\1{3,}")  # four times in a row, or more
+LOOP_EXTRA = 8, 20  # a loop repeats as many words, or letters of a word, beyond what the reference repeats
+RUN_ON_TOKENS = 12  # a shorter tail is a plain error
 SPOKEN_LIKENESS = 80  # of 100: chat as like the reference as this is speech with a word misheard
 
-# CHAT is matched against plain text: lower case, no punctuation, no apostrophes.
-TOPIC = (
-    r"transcri|audio|speech|recording|spoken|provide|assist|fulfill|clarify|context|request|understand|confusion"
-    r"|help\ (you|with)"
+# CHAT and ECHO are matched against plain text: lower case, no punctuation, no apostrophes. Languages stand in the order
+# English, German, French, Spanish, Chinese, Japanese. The words that follow a phrase tell whether the reference has it.
+AUDIO = r"(?:trans[ck]ri|l?audio|speech|recording|spoken|sprache\b|aufnahme|l?enregistrement|parole|grabaci|voz\b)\w*"
+HANZI = "(?:[转轉][录錄写寫]|[语語]音|音[频頻声]|[录錄録]音|[识識][别別]|起こし)"  # AUDIO in Chinese and Japanese
+HELP = r"(?:provide|assist|fulfill|clarify|context|request|understand|confusion|help (?:you|with)|helfen|aider|ayudar)"
+CHAT = re.compile(  # at the beginning; from any word on; in Chinese and Japanese, which no common letter begins
+    r"^(?:(?:(?:oh )?(?:im|i am) (?:\w+ )?sorry|sorry|i apologi[sz]e|my apologies|(?:es )?tut mir (?:\w+ )?leid"
+    rf"|entschuldigung|(?:je suis )?(?:\w+ )?désolée?|lo (?:siento|lamento))\b.{{0,80}}?\b(?:{AUDIO}|{HELP}\w*)"
+    rf"|(?:sure|certainly|of course|absolutely|natürlich|bien sûr|claro|por supuesto)\b.{{0,40}}\b(?:{AUDIO}|assist)\b)"
+    r"|\b(?:(?:as an?|als(?: eine?)?|en tant que?|como(?: una?)?) ?(?:(?:large|ai|ki) )*(?:ai|ki|ia|language model"
+    r"|artificial intelligence|sprachmodell|modèle de langage|modelo de lenguaje)\b(?: \w+){0,3}"
+    rf"|(?:no|keine?|aucune?|ningún) (?:\w+ )?{AUDIO} (?:\w+ ){{0,3}}?(?:to trans|d[eé]te[ck]t|provid|attach|erkannt"
+    r"|vorhanden|fourni|in (?:the|this|your) (?:\w+ )?(?:audio|recording|file|clip))\w*"
+    rf"|(?:to|cannot|cant|can not|dont) (?:transcribe|(?:hear|process) (?:\w+ ){{0,3}}?{AUDIO})"
+    r"|kann .{0,30}?nicht transkribieren|ne peux pas (?:\w+ )?transcrire|no puedo (?:\w+ )?transcribir"
+    r"|(?:please (?:provide|upload|share|send)|bitte (?:laden|stellen|senden)|veuillez (?:fournir|envoyer)"
+    rf"|por favor (?:proporcion|env[ií]|sub|compart)\w+) (?:\w+ ){{0,4}}?(?:text\b|{AUDIO})"
+    rf"|transcript(?:ion)? of (?:the|this|your) (?:\w+ )?{AUDIO} (?:is|reads)\b"
+    r"|(?:here is|heres|this is|below is|hier ist|voici|aquí está) (?:\w+ ){1,3}?trans[ck]ri\w*(?: \w+){0,3}"
+    r"|(?:how (?:can|may) i (?:assist|help) you|kann ich (?:ihnen|dir) helfen|puis je vous aider|puedo ayudar\w*)\b)"
+    rf"|(?![\0-\u2fff])(?:^我?(?:很|非常|十分)?(?:抱歉|[对對]不起).{{0,20}}?(?:[无無]法|提供|{HANZI})"
+    rf"|^(?:大変)?(?:申し訳|すみません).{{0,20}}?(?:提供|手伝い|{HANZI})|^(?:好的|[当當]然|はい|承知|もちろん).{{0,12}}?{HANZI}"
+    r"|作[为為].{0,8}?(?:[语語]言模型|ai助手|智能助[手理])|言語モデルとして|[没沒]有[检檢][测測]到(?:[语語]音|音[频頻])"
+    rf"|[请請][您你]?[先再]?(?:提供|上[传傳]|[发發]送).{{0,8}}?(?:{HANZI}|文本)|{HANZI}.{{0,16}}?(?:できません|ください)"
+    rf"|(?:(?:以下|下面|[这這])是|(?:以下|こちら)[はが]).{{0,8}}?{HANZI}.{{0,4}}?(?:[结結]果|[内內]容|文[本字]))"
 )
-CHAT = re.compile(
-    rf"""^(oh\ )?((im|i\ am)\ (\w+\ )?sorry|sorry|i\ apologi[sz]e|my\ apologies)\b.{{0,80}}?\b({TOPIC})\w*
-    | \bas\ an?\ (ai|artificial\ intelligence|((large|ai)\ )*language\ model)\b(\ \w+){{0,3}}
-    | \bno\ (\w+\ )?(speech|audio|spoken\ \w+)\ (to\ transcribe|((was|is)\ )?(detected|provided|attached))\b
-    | \bno\ (\w+\ )?speech\ in\ (the|this|your)\ (\w+\ )?(audio|recording|file|clip)\b
-    | \b(unable\ to|cannot|cant|dont)\ hear\ (\w+\ ){{1,3}}?(audio|recording|speech)\b
-    | \btranscript(ion)?\ of\ (the|this|your)\ (\w+\ )?(speech|audio|recording)\ (is|reads)\b
-    | \bplease\ (provide|upload|share|send)(\ \w+){{0,4}}?\ (audio|recording|speech|transcript\w*|text)\b
-    | \b(here\ is|heres|this\ is|below\ is)\ (the|your|a)\ (\w+\ ){{0,2}}transcri(pt|bed)\w*(\ \w+){{0,3}}
-    | ^(sure|certainly|of\ course|absolutely)\b.{{0,40}}?\b(transcri\w+|audio|assist)\b
-    | \bi\ ?(m|am|cannot|cant|can\ not)\ ((unable|not\ able)\ to\ )?(transcribe|process\ (\w+\ )?audio)\b
-    | \bhow\ (can|may)\ i\ (assist|help)\ you\b(\ \w+)?
-    | ^我?(很|非常|十分)?(抱歉|[对對]不起).{{0,20}}?
-        ([无無]法|[转轉][录錄写寫]|[语語]音|音[频頻]|[录錄]音|[识識][别別]|提供)
-    | 作[为為].{{0,8}}?([语語]言模型|ai助手|智能助[手理])
-    | [请請][您你]?[先再]?(提供|上[传傳]|[发發]送).{{0,8}}?(音[频頻]|[语語]音|[录錄]音|文本)
-    | (以下|下面|[这這])是.{{0,8}}?
-        ([转轉][录錄写寫]|[识識][别別]|音[频頻]|[语語]音).{{0,4}}?([结結]果|[内內]容|文[本字])
-    | ^(好的|[当當]然).{{0,12}}?([转轉][录錄写寫]|音[频頻])""",
-    re.VERBOSE,
+ECHO = re.compile(
+    r"\b(?:im_start|im_end|endoftext|begin_of_text|end_of_text|eot_id|start_of_turn|end_of_turn"
+    rf"|trans[ck]ri\w+ (?:sie )?(?:(?:the|this|die|das|diese|la|le|cet|cette|el|este) )?(?:following )?{AUDIO})"
+    rf"|[请請][将將把]?.{{0,4}}?{HANZI}.{{0,4}}?{HANZI}|音声を(?:文字|書き)起こ"
 )
 
 
@@ -64,13 +72,15 @@ def hallucination(reference: str, hypothesis: str, duration_seconds: float | Non
     """Why the hypothesis is no attempt at a transcript, or None. The rules stand at the top of this file."""
     if hypothesis == reference:
         return None
-    plain_hypothesis = plain_text(hypothesis)  # as CHAT is written
-    if (chat := CHAT.search(plain_hypothesis)) and not is_spoken(chat.group(), plain_text(reference)):
-        return f'chat: "{shorten(chat.group(), 60)}"'
-    if loop := find_loop(plain_hypothesis, reference):
-        return loop
-    limit = float("inf") if duration_seconds is None else duration_seconds + GRACE_SECONDS
-    if least_seconds(hypothesis) > limit >= least_seconds(reference):
+    plain_hypothesis, plain_reference = plain_text(hypothesis), plain_text(reference)
+    for kind, pattern in (("chat", CHAT), ("echo", ECHO)):
+        phrase = pattern.search(plain_hypothesis)
+        if phrase and not is_spoken(phrase[0], plain_reference, pattern):
+            return f'{kind}: "{shorten(phrase[0], 60)}"'
+    tokens, reference_tokens = TOKEN.findall(plain_hypothesis), TOKEN.findall(plain_reference)
+    if reason := find_loop(tokens, reference_tokens) or find_run_on(tokens, reference_tokens):
+        return reason
+    if duration_seconds is not None and least_seconds(hypothesis) > duration_seconds >= least_seconds(reference):
         return f"too long: {len(''.join(hypothesis.split())):,} characters in {duration_seconds:.2f} s"
     return None
 
@@ -82,48 +92,41 @@ def plain_text(text: str) -> str:
     return re.sub(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(text.split()))
 
 
-def is_spoken(phrase: str, text: str) -> bool:
-    """Whether `text` holds assistant talk itself, or a stretch that is much like `phrase`."""
+def is_spoken(phrase: str, text: str, pattern: re.Pattern) -> bool:
+    """Whether `text` holds such talk itself, or a stretch that is much like `phrase`."""
     # partial_ratio looks for the shorter in the longer: it would find a text of one word in any phrase.
     likeness = fuzz.partial_ratio(phrase, text) if len(phrase) <= len(text) else fuzz.ratio(phrase, text)
-    return likeness >= SPOKEN_LIKENESS or CHAT.search(text) is not None
+    return likeness >= SPOKEN_LIKENESS or pattern.search(text) is not None
 
 
-def find_loop(plain_hypothesis: str, reference: str) -> str | None:
+def find_loop(tokens: list[str], spoken: list[str]) -> str | None:
     """The n-gram that the hypothesis repeats over and over, and the reference does not, as a reason; or None."""
-    tokens = tokens_of(plain_hypothesis)
-    if max(Counter(tokens).values(), default=0) < LOOP_REPEATS:
-        return None  # most lines end here
-    reference_tokens = tokens_of(plain_text(reference))
-    for n in range(1, len(tokens) // LOOP_REPEATS + 1):
-        num_repeated, last = longest_repetition(tokens, n)  # tokens; index of the last of them
-        num_spoken, _ = longest_repetition(reference_tokens, n)  # somebody may have said it so often
-        if num_repeated >= n * (LOOP_REPEATS - 1) and num_repeated - num_spoken >= LOOP_EXTRA_TOKENS:
-            ngram = plain_text(" ".join(tokens[last - n + 1 : last + 1]))
-            return f'loop: "{shorten(ngram, 60)}" {num_repeated // n + 1} times in a row'
+    codes = {token: chr(code) for code, token in enumerate([*tokens, *spoken], 0x4E00)}  # a character for a word
+    texts = [("".join(map(codes.get, tokens)), "".join(map(codes.get, spoken)), LOOP_EXTRA[0])]
+    texts += [(word, "".join(spoken), LOOP_EXTRA[1]) for word in tokens if len(word) > LOOP_EXTRA[1]]
+    for text, reference, too_many in texts:
+        for loop in LOOP.finditer(text):
+            n, times = len(loop[1]), len(loop[0]) // len(loop[1])
+            spoken_runs = re.finditer(r"(.+?)\1\1+", reference)  # of anything: na na na for la la la is an error
+            if n * (times - max((len(run[0]) // len(run[1]) for run in spoken_runs), default=1)) >= too_many:
+                units = loop[1] if text in tokens else " ".join(tokens[loop.start() : loop.start() + n])
+                return f'loop: "{shorten(plain_text(units), 60)}" {times} times in a row'
     return None
 
 
-def tokens_of(text: str) -> list[str]:
-    """Words; characters in Chinese, Japanese and Thai."""
-    return re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
-
-
-def longest_repetition(tokens: list[str], n: int) -> tuple[int, int]:
-    """(length, last index) of the longest run of tokens like the one n before. no no no, n = 1: (2, 2)."""
-    longest = run = last = 0
-    for index in range(n, len(tokens)):
-        run = run + 1 if tokens[index] == tokens[index - n] else 0
-        if run > longest:
-            longest, last = run, index
-    return longest, last
+def find_run_on(tokens: list[str], spoken: list[str]) -> str | None:
+    """What follows a transcript that is whole, as a reason; or None."""
+    head, tail = tokens[: len(spoken)], tokens[len(spoken) :]
+    if len(head) > 2 and len(tail) >= max(RUN_ON_TOKENS, len(head)) and fuzz.ratio(head, spoken) >= SPOKEN_LIKENESS:
+        return f'run-on: {len(tail)} tokens after the transcript: "{shorten(plain_text(" ".join(tail)), 60)}"'
+    return None
 
 
 def least_seconds(text: str) -> float:
-    """The least time in which the text could be said."""
+    """Text that can be said has a segment as long as this, or longer."""
     num_syllabic = len(re.findall(f"[{SYLLABIC}]", text))
     num_letters = len("".join(text.split())) - num_syllabic  # of alphabets
-    return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND
+    return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND - GRACE_SECONDS
 
 
 def shorten(text: str, width: int) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jiwer
 
 from errors import InputError, run
-from hallucination import UNSPACED, hallucination
+from hallucination import UNSPACED, hallucination, plain_text
 
 # A metric is a function that cuts a text into the tokens to count, and a row. Its docstring is printed for the user.
 
@@ -42,20 +42,25 @@ def unchanged() -> Callable[[str], str]:
 
 
 def whisper_basic() -> Callable[[str], str]:
-    """Whisper's, lower case, no punctuation (nor the vowel signs of Thai and Hindi)"""
+    """Whisper's, lower case, no punctuation, symbols nor [notes] (nor the vowel signs of Thai and Hindi)"""
     from whisper.normalizers import BasicTextNormalizer  # here, for whisper imports torch: 3 s
 
     return BasicTextNormalizer()
 
 
 def whisper_english() -> Callable[[str], str]:
-    """Whisper's, also for spelling, numbers and contractions"""
+    """Whisper's, lower case, no punctuation, [notes] nor um and uh; British spelling, numbers, contractions unified"""
     from whisper.normalizers import EnglishTextNormalizer
 
     return EnglishTextNormalizer()
 
 
-NORMALIZERS = {"none": unchanged, "basic": whisper_basic, "english": whisper_english}
+def chinese() -> Callable[[str], str]:
+    """full to half width, lower case, no punctuation nor symbols, spaces only between words of spaced scripts"""
+    return plain_text
+
+
+NORMALIZERS = {"none": unchanged, "basic": whisper_basic, "english": whisper_english, "chinese": chinese}
 
 
 class Counts(NamedTuple):
@@ -116,21 +121,15 @@ def score(
     metric = choose_metric(references) if metric == "auto" else metric
     normalize, tokens_of = NORMALIZERS[normalizer](), METRICS[metric]  # text -> text -> tokens
 
-    alignments = [  # token by token, line by line
-        align(tokens_of(normalize(reference)), tokens_of(normalize(hypothesis)))
-        for reference, hypothesis in zip(references, hypotheses, strict=True)
-    ]
+    pairs = [[tokens_of(normalize(text)) for text in pair] for pair in zip(references, hypotheses, strict=True)]
+    # jiwer is given tokens, for it would split words at U+0020 alone. One call for a whole corpus is no faster.
+    options = {"reference_transform": list, "hypothesis_transform": list}
+    alignments = [jiwer.process_words([reference], [hypothesis], **options) for reference, hypothesis in pairs]
     lines = [Counts(a.substitutions, a.deletions, a.insertions, len(a.references[0])) for a in alignments]
     reasons = map(hallucination, references, hypotheses, durations)  # why a line is left out, or None
     hallucinated = {index: reason for index, reason in enumerate(reasons) if reason}
     others = [counts for index, counts in enumerate(lines) if index not in hallucinated]  # the second figure
     return Score(metric, normalizer, total(lines), total(others), hallucinated, lines, alignments)
-
-
-def align(reference: list[str], hypothesis: list[str]) -> jiwer.WordOutput:
-    """Which tokens of a line stand for which."""
-    # jiwer is given tokens, for it would split words at U+0020 alone. One call for a whole corpus is no faster.
-    return jiwer.process_words([reference], [hypothesis], reference_transform=list, hypothesis_transform=list)
 
 
 def total(lines: Sequence[Counts]) -> Counts:
@@ -147,10 +146,7 @@ def choose_metric(references: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     import report  # an option
 
-    args = report.parse(argv, METRICS, NORMALIZERS)
-    rows = report.read_rows(args.data_path, args.result_path)  # checked: a line for a line
-    result = score(rows.references, rows.hypotheses, rows.durations, args.metric, args.normalizer)
-    print(report.as_json(result, rows) if args.json else report.as_text(result, rows, METRICS[result.metric].__doc__))
+    report.report(argv, score, METRICS, NORMALIZERS)
 
 
 if __name__ == "__main__":

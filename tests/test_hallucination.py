@@ -1,5 +1,9 @@
 """What hallucination.py promises: which lines are no attempt at a transcript, and the reason for each."""
 
+import random
+import re
+from pydoc_data.topics import topics
+
 import pytest
 
 from hallucination import hallucination, shorten
@@ -37,11 +41,71 @@ REFUSAL = "I apologize, but it appears that there is no speech to transcribe."
         "请提供音频文件。",
         "以下是转录结果：会议结束了",
         "好的，这段音频的内容是",
+        "没有检测到语音。",
+        "Es tut mir leid, aber ich kann diese Aufnahme nicht transkribieren.",
+        "Entschuldigung, ich kann Ihnen dabei nicht helfen.",
+        "Als KI-Sprachmodell kann ich keine Töne hören.",
+        "Bitte laden Sie die Audiodatei hoch.",
+        "Hier ist die Transkription: die Sitzung ist beendet",
+        "Es wurde keine Sprache erkannt.",
+        "Wie kann ich Ihnen helfen?",
+        "Je suis désolé, mais je ne peux pas transcrire cet enregistrement.",
+        "Désolé, je ne peux pas vous aider.",
+        "En tant que modèle de langage, je n'entends rien.",
+        "En tant qu'IA, je n'ai pas d'oreilles.",
+        "Veuillez fournir le fichier audio.",
+        "Voici la transcription : la séance est levée",
+        "Comment puis-je vous aider ?",
+        "Lo siento, pero no puedo transcribir este audio.",
+        "Como modelo de lenguaje, no puedo oír nada.",
+        "Por favor, proporcione el archivo de audio.",
+        "Aquí está la transcripción: la reunión ha terminado",
+        "¡Claro! La transcripción del audio es la siguiente",
+        "¿En qué puedo ayudarte hoy?",
+        "申し訳ありませんが、音声を文字起こしすることはできません。",
+        "AI言語モデルとして、音を聞くことはできません。",
+        "音声ファイルをアップロードしてください。",
+        "以下は文字起こしの結果です。会議は終わりました",
+        "はい、音声の内容は次のとおりです。",
     ],
 )
 @pytest.mark.parametrize("reference", ["so they went up the hill and had a picnic", "明天开会", "i", ""])
 def test_refusals_and_assistant_talk_are_left_out(reference, hypothesis):
     assert hallucination(reference, hypothesis).startswith("chat: ")
+
+
+@pytest.mark.parametrize(
+    "hypothesis",
+    [
+        "Transcribe the speech",
+        "transcribe the speech the cat sat",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "the cat sat<|endoftext|>",
+        "Please transcribe the following audio into text.",
+        "Transcribe speech to text.",
+        "Transkribieren Sie die Aufnahme.",
+        "Transcrivez cet enregistrement.",
+        "Transcribe el audio.",
+        "请转写下面的语音",
+        "请将以下音频转写成文字",
+        "音声を文字起こししてください。",
+    ],
+)
+@pytest.mark.parametrize("reference", ["so they went up the hill and had a picnic", "明天开会", ""])
+def test_the_prompt_written_out_is_left_out(reference, hypothesis):
+    assert hallucination(reference, hypothesis).startswith(("echo: ", "chat: "))
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis"),
+    [
+        ("she had to transcribe the recording by hand", "she had to transcribe the recording by hands"),
+        ("we transcribed the speeches", "we transcribe the speeches"),
+        ("请转写下面的语音", "请转写下面语音"),
+    ],
+)
+def test_an_instruction_that_was_spoken_is_kept(reference, hypothesis):
+    assert hallucination(reference, hypothesis) is None
 
 
 @pytest.mark.parametrize(
@@ -108,6 +172,8 @@ def test_loops_of_words_or_of_characters_are_left_out(hypothesis, ngram, times):
         ("no no no", "no no no no no"),
         ("no no no no no no no no no no no no", "no no no no no no no no no no no no no no"),
         ("ha " * 20, "ha " * 12),
+        ("it is a very long word " * 6, "it was a very long word or two " * 6),
+        ("la la la la la la la la la la la la", "na na na na na na na na na na na na"),
         ("row row row your boat", "row row row row your boat"),
         ("哈哈哈哈哈哈", "哈哈哈哈哈哈哈哈"),
         ("好好好", "好好好好好"),
@@ -118,6 +184,87 @@ def test_loops_of_words_or_of_characters_are_left_out(hypothesis, ngram, times):
 )
 def test_repetition_that_was_spoken_or_is_short_is_kept(reference, hypothesis):
     assert hallucination(reference, hypothesis) is None
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "ngram", "times"),
+    [
+        ("well " + "a" * 40, "a", 40),
+        ("so " + "ha" * 16 + " he said", "ha", 16),
+        ("0" * 60, "0", 60),
+        ("да" * 20, "да", 20),
+    ],
+)
+def test_a_loop_of_letters_within_a_word_is_left_out(hypothesis, ngram, times):
+    assert hallucination("well he laughed", hypothesis) == f'loop: "{ngram}" {times} times in a row'
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis"),
+    [
+        ("he laughed", "hahahahahaha"),
+        ("ha " * 16, "ha" * 16),
+        ("he said a million", "he said 1000000"),
+        ("rechtsschutzversicherungsgesellschaften", "rechtsschutzversicherungs gesellschaften"),
+        ("donaudampfschifffahrt", "donaudampfschifffahrtselektrizitätenhauptbetriebswerk"),
+    ],
+)
+def test_laughter_large_numbers_and_long_words_are_kept(reference, hypothesis):
+    assert hallucination(reference, hypothesis) is None
+
+
+TAIL = "and then we walked along the river until the sun went down behind the hills"
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "num_tokens"),
+    [
+        ("the cat sat on the mat", f"The cat sat on the mat. {TAIL}", 15),
+        ("the cat sat on the old mat", f"the cat sat on the mat {TAIL}", 14),
+        ("今天天气很好", "今天天气很好我们一起去公园散步吧然后回家吃晚饭", 17),
+    ],
+)
+def test_a_whole_transcript_that_goes_on_and_on_is_left_out(reference, hypothesis, num_tokens):
+    assert hallucination(reference, hypothesis).startswith(f"run-on: {num_tokens} tokens after the transcript: ")
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis"),
+    [
+        ("the cat sat on the mat", "the cat sat on the mat and then it slept"),  # a few words
+        (f"the cat sat on the mat {TAIL}", f"the cat sat on the mat {TAIL} {TAIL}"),  # less than as much again
+        ("good morning everyone", f"a dog ran off {TAIL}"),  # the beginning is not the transcript
+        ("yes", f"yes {TAIL}"),  # one word says nothing
+        ("", TAIL),  # text from nothing: a figure of its own
+    ],
+)
+def test_a_short_tail_and_other_wrong_text_are_kept(reference, hypothesis):
+    assert hallucination(reference, hypothesis) is None
+
+
+def long_sentences() -> list[str]:
+    """Real sentences of 20 words and more: the reference manual of Python, which comes with every Python."""
+    paragraphs = [" ".join(text.split()) for topic in topics.values() for text in topic.split("\n\n")]
+    sentences = [sentence for text in paragraphs for sentence in re.split(r"(?<=[.!?])\s+", text)]
+    return sorted({sentence for sentence in sentences if len(sentence.split()) >= 20})
+
+
+def misheard(sentence: str, generator: random.Random) -> str:
+    """The sentence with one word in ten replaced by another of it, and one in twenty missing."""
+    words = sentence.split()
+    spoilt = [generator.choice(words) if generator.random() < 0.1 else word for word in words]
+    return " ".join(word for word in spoilt if generator.random() > 0.05)
+
+
+def test_real_long_sentences_raise_no_false_alarm_misheard_a_little_or_altogether():
+    sentences, generator = long_sentences(), random.Random(0)
+    assert len(sentences) > 500
+    seconds = [len(sentence) / 13 for sentence in sentences]  # letters a second of read speech
+    pairs = [(sentence, misheard(sentence, generator)) for sentence in sentences]
+    pairs += zip(sentences, sentences[1:] + sentences[:1], strict=True)  # a sentence for another
+    reasons = [hallucination(*pair, duration) for pair, duration in zip(pairs, seconds * 2, strict=True)]
+    assert not [reason for reason in reasons if reason and not reason.startswith("too long")]
+    assert not any(reasons[: len(sentences)])
 
 
 LONG_ENGLISH = "it was the best of times and it may well have been the worst of them all so people say " * 3

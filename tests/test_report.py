@@ -50,14 +50,15 @@ def test_the_summary_comes_first_and_the_counts_follow(data_path, report_of, tmp
     report = report_of(data_path, result_path)
     lines = report.splitlines()
     assert lines[0] == "WER 175.00 / 33.33, 1 of 3 lines left out"
-    assert lines[1] == "wer counts words between whitespace; normalizer: none"
-    assert lines[2].endswith(": errors 14: substitutions 3, deletions 1, insertions 10, reference length 8")
-    assert lines[3].endswith(": errors 2: substitutions 1, deletions 1, insertions 0, reference length 6")
+    assert lines[1].startswith("95 % interval ") and lines[1].endswith(", over 3 utterances")
+    assert lines[2] == "wer counts words between whitespace; normalizer: none"
+    assert lines[3].endswith(": errors 14: substitutions 3, deletions 1, insertions 10, reference length 8")
+    assert lines[4].endswith(": errors 2: substitutions 1, deletions 1, insertions 0, reference length 6")
 
 
 def test_each_line_left_out_is_listed_with_its_number_key_reason_and_text(data_path, report_of, tmp_path):
     report = report_of(data_path, write_txt(tmp_path, "", "", f"{REFUSAL} " * 5))
-    line, text = report.splitlines()[4:6]
+    line, text = report.splitlines()[5:7]
     assert line.startswith(f'left out: {data_path}:3 c: chat: "i apologize')
     assert text.strip().startswith(REFUSAL) and text.endswith("…") and len(text) < 100
 
@@ -107,6 +108,8 @@ def test_json_output_is_one_object_of_fractions(data_path, report_of, tmp_path):
     result_path = write_txt(tmp_path, "the hat sat", "good morning", REFUSAL)
     result = json.loads(report_of(data_path, result_path, "--json"))
     counts = {"substitutions": 1, "deletions": 1, "insertions": 0, "reference_length": 6, "rate": 2 / 6}
+    low, high = result["filtered"].pop("interval_over_utterances")
+    assert low <= 2 / 6 <= high
     assert result["filtered"] == counts
     assert result["all"]["rate"] == 14 / 8
     assert (result["metric"], result["normalizer"], result["num_lines"]) == ("wer", "none", 3)
@@ -190,7 +193,12 @@ def test_a_metric_or_a_normalizer_is_a_function_and_a_row(monkeypatch, report_of
     with pytest.raises(SystemExit):
         main(["--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    for text in ("{auto,wer,cer,ser}", "ser: whole lines", "{none,basic,english,letters}", "letters: no digits"):
+    for text in (
+        "{auto,wer,cer,ser}",
+        "ser: whole lines",
+        "{none,basic,english,chinese,letters}",
+        "letters: no digits",
+    ):
         assert text in help_text
 
 
@@ -282,3 +290,128 @@ def test_a_wrong_option_is_named_with_exit_status_2(capsys, data_path, tmp_path,
     screen = capsys.readouterr()
     assert (exit.value.code, screen.out) == (2, "")
     assert flags[0] in screen.err.splitlines()[-1]
+
+
+# Flags and sections, each of a file of its own
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with a manifest of twelve lines of six speakers, and the results of two systems, b the better one."""
+    texts = ["the cat sat down", "good morning everyone", "thank you very much", ""] * 3
+    records = [
+        {
+            "wav": f"{n}.wav",
+            "txt": text,
+            "duration": 1.0 + 3 * (n % 2),
+            "speaker": n // 2,
+            "language": "ende"[n % 2 :: 2],
+        }
+        for n, text in enumerate(texts)
+    ]
+    write_manifest(tmp_path / "test.jsonl", records)
+    first = [text.replace("the", "a").replace("morning", "moaning") or "you" for text in texts]
+    (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in first))
+    words = [[{"word": word, "confidence": 0.9} for word in text.split()] for text in texts]
+    rows = [
+        {"key": str(n), "pred": text, "words": line} for n, (text, line) in enumerate(zip(texts, words, strict=True))
+    ]
+    write_manifest(tmp_path / "b.jsonl", rows)
+    return tmp_path
+
+
+def test_intervals_stand_below_the_summary_over_utterances_and_over_speakers(corpus, report_of):
+    lines = report_of(corpus / "test.jsonl", corpus / "a.txt").splitlines()
+    pattern = r"95 % interval [\d.]+ to [\d.]+ / [\d.]+ to [\d.]+, over (12 utterances|6 speakers)"
+    assert [re.fullmatch(pattern, line)[1] for line in lines[1:3]] == ["12 utterances", "6 speakers"]
+    assert "interval" not in report_of(corpus / "test.jsonl", corpus / "a.txt", "--num_resamples", "0")
+
+
+def test_text_from_nothing_is_told_where_references_are_empty(corpus, report_of):
+    report = report_of(corpus / "test.jsonl", corpus / "a.txt")
+    assert "text from nothing: 15.00 words a minute (3 words in 3 of 3 clips without speech, 12.0 s)" in report
+    figures = json.loads(report_of(corpus / "test.jsonl", corpus / "a.txt", "--json"))
+    assert figures["text_from_nothing"]["words_per_minute"] == 15
+
+
+def test_text_from_nothing_of_unknown_length_is_null_in_json(report_of, tmp_path):
+    data_path = write_manifest(tmp_path / "test.jsonl", [{"wav": "a.wav", "txt": ""}])
+    figures = json.loads(report_of(data_path, write_txt(tmp_path, "you"), "--json"))["text_from_nothing"]
+    assert (figures["num_words"], figures["seconds"], figures["words_per_minute"]) == (1, None, None)
+
+
+def test_groups_and_confusions_are_tables(corpus, report_of):
+    flags = ("--by", "language", "duration", "--confusions", "2")
+    lines = [line.split() for line in report_of(corpus / "test.jsonl", corpus / "a.txt", *flags).splitlines()]
+    assert ["by", "language", "lines", "words", "WER", "95", "%", "interval"] in lines
+    assert ["0", "to", "2", "s", "6", "24", "12.50"] in [line[:7] for line in lines]
+    assert ["3", "x", "the", "->", "a"] in lines
+    figures = json.loads(report_of(corpus / "test.jsonl", corpus / "a.txt", *flags, "--json"))
+    assert [group["num_lines"] for group in figures["by_duration"]] == [6, 6]
+    assert figures["confusions"][0] == {"reference": "the", "hypothesis": "a", "count": 3}
+
+
+def test_a_key_that_no_record_has_is_wrong_input(corpus, report_of):
+    with pytest.raises(InputError, match=r"test\.jsonl: no record has the key 'accent', for --by accent"):
+        report_of(corpus / "test.jsonl", corpus / "a.txt", "--by", "accent")
+
+
+def test_confidences_make_a_table(corpus, report_of):
+    report = report_of(corpus / "test.jsonl", corpus / "b.jsonl")
+    assert "confidence of 33 words: expected calibration error 0.100" in report
+    assert "confidence" not in report_of(corpus / "test.jsonl", corpus / "a.txt")
+    figures = json.loads(report_of(corpus / "test.jsonl", corpus / "b.jsonl", "--json"))["reliability"]
+    assert figures["num_words"] == 33 and figures["bins"][0]["accuracy"] == 1
+
+
+def compare(capsys, corpus: Path, *flags: str) -> str:
+    main(["--data_path", f"{corpus}/test.jsonl", "--compare", f"{corpus}/a.txt", f"{corpus}/b.jsonl", *flags])
+    return capsys.readouterr().out
+
+
+def test_two_systems_are_compared_with_the_lines_that_differ_most(corpus, capsys):
+    lines = compare(capsys, corpus).splitlines()
+    assert lines[0].startswith(f"{corpus}/a.txt: WER ") and lines[3].startswith(f"{corpus}/b.jsonl: WER 0.00 / 0.00")
+    tests = [line for line in lines if line.startswith("all lines, over ")]
+    assert len(tests) == 2 and all(re.search(r"difference -27.27, .* p = 0\.0\d+$", line) for line in tests)
+    assert "the second is better in 9 lines, worse in 0; most in these:" in lines
+    shown = lines.index(f"{corpus}/test.jsonl:1 0: errors 1 -> 0")
+    assert lines[shown + 1 : shown + 4] == [
+        "    first     a cat sat down",
+        "    second    the cat sat down",
+        "    reference the cat sat down",
+    ]
+
+
+def test_a_comparison_in_json_has_the_figures_of_both_systems(corpus, capsys):
+    figures = json.loads(compare(capsys, corpus, "--json"))
+    assert figures["first"]["all"]["rate"] == 9 / 33 and figures["second"]["all"]["rate"] == 0
+    assert figures["test_over_utterances"]["p_value"] < 0.05 and figures["num_better"] == 9
+    assert len(figures["different"]) == 9
+
+
+def test_a_page_is_written_beside_the_report(corpus, report_of):
+    report = report_of(corpus / "test.jsonl", corpus / "a.txt", "--html", str(corpus / "report.html"))
+    page = (corpus / "report.html").read_text(encoding="utf-8")
+    assert f"<h1>{report.splitlines()[0]}</h1>" in page and page.count("<article") == 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--result_path a.txt --compare a.txt b.jsonl", "not allowed with argument"),
+        ("", "one of the arguments --result_path --compare is required"),
+        ("--compare a.txt", "expected 2 arguments"),
+        (
+            "--compare a.txt b.jsonl --html page.html",
+            "--compare: give --by, --confusions and --html with --result_path",
+        ),
+        ("--compare a.txt b.jsonl --num_resamples 0", "--num_resamples 0: --compare wants some"),
+        ("--result_path a.txt --num_resamples -1", "wanted 0 or more"),
+        ("--result_path a.txt --by", "expected at least one argument"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        main(["--data_path", "test.jsonl", *flags.split()])
+    assert exit.value.code == 2 and message in capsys.readouterr().err

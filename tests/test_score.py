@@ -4,9 +4,11 @@ import math
 
 import jiwer
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from errors import InputError
-from score import Counts, choose_metric, score
+from score import NORMALIZERS, Counts, choose_metric, score
 
 REFUSAL = "I apologize, but it appears that there is no speech to transcribe."
 LONG_CHINESE = "甚至出现交易几乎停滞的情况一二线城市虽然也处于调整中" * 2  # 52 characters
@@ -49,6 +51,36 @@ def test_the_counts_and_the_alignment_of_each_line_are_kept():
     assert result.all == Counts(1, 0, 2, 5)
     assert [alignment.references for alignment in result.alignments] == [[text.split()] for text in references]
     assert "HYP: the hat sat down" in jiwer.visualize_alignment(result.alignments[0])
+
+
+# Few words, so that many pairs have some in common; texts of them and of any other words.
+WORDS = st.one_of(st.sampled_from("a b c d".split()), st.text("xyäß你ก-'", min_size=1, max_size=4))
+CORPORA = st.lists(
+    st.tuples(st.lists(WORDS, min_size=1, max_size=8), st.lists(WORDS, max_size=8)), min_size=1, max_size=5
+)
+
+
+@given(CORPORA)
+@settings(max_examples=100, deadline=None)
+def test_counts_and_rates_are_those_of_jiwer(corpus):
+    references, hypotheses = ([" ".join(text) for text in texts] for texts in zip(*corpus, strict=True))
+    by_words = jiwer.process_words(references, hypotheses)
+    counts = score(references, hypotheses, metric="wer").all
+    assert counts[:3] == (by_words.substitutions, by_words.deletions, by_words.insertions)
+    assert counts.rate == pytest.approx(by_words.wer)
+    references, hypotheses = (["".join(text.split()) for text in texts] for texts in (references, hypotheses))
+    assert score(references, hypotheses, metric="cer").all.rate == pytest.approx(jiwer.cer(references, hypotheses))
+
+
+@given(CORPORA)
+@settings(max_examples=30, deadline=None)
+def test_the_second_figure_is_the_first_of_the_lines_that_are_not_left_out(corpus):
+    references, hypotheses = ([" ".join(text) for text in texts] for texts in zip(*corpus, strict=True))
+    hypotheses[0] = REFUSAL
+    result = score(references, hypotheses, metric="wer")
+    kept = [index for index in range(len(references)) if index not in result.hallucinated]
+    rest = score([references[index] for index in kept], [hypotheses[index] for index in kept], metric="wer")
+    assert 0 in result.hallucinated and result.filtered == rest.all
 
 
 def test_an_empty_reference_adds_insertions_to_a_corpus():
@@ -111,13 +143,31 @@ def test_texts_pass_through_whispers_normalizers_first(normalizer, errors):
     assert (result.all.errors, result.normalizer) == (errors, normalizer)
 
 
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [
+        ("ＡＢＣ１２３", "abc123"),
+        ("今天，天气很好。", "今天天气很好"),
+        ("今天 天气　很好！", "今天天气很好"),
+        ("「對不起」（笑）", "對不起笑"),
+        ("我用 WiFi 上网", "我用wifi上网"),
+        ("ｶﾀｶﾅ", "カタカナ"),
+        ("Good morning, 北京", "good morning北京"),
+        ("50％", "50"),
+    ],
+)
+def test_the_chinese_normalizer_folds_width_and_case_and_takes_punctuation_away(text, folded):
+    assert NORMALIZERS["chinese"]()(text) == folded
+    assert score([folded], [text], normalizer="chinese", metric="cer").all.errors == 0
+
+
 def test_a_reference_that_the_normalizer_empties_counts_no_words():
     assert score(["[noise]"], ["hello"], normalizer="basic").all == Counts(0, 0, 1, 0)
 
 
 def test_the_normalizer_does_not_change_which_lines_are_left_out():
     references, hypotheses = ["the cat", "the cat", "no"], [REFUSAL, "the cat", "no " * 20]
-    for normalizer in ("none", "basic", "english"):
+    for normalizer in NORMALIZERS:
         result = score(references, hypotheses, normalizer=normalizer)
         assert list(result.hallucinated) == [0, 2]
 

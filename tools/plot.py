@@ -19,7 +19,7 @@ from dataset import collate, load_audio
 from errors import InputError, run
 from manifest import SAMPLE_RATE, SPEECH
 from model import SpeechLLM
-from report import read_rows
+from result_file import read_rows
 from score import METRICS, score, total
 
 matplotlib.use("agg")  # files alone, no window
