@@ -151,7 +151,8 @@ def call(world):
     from accelerate.state import AcceleratorState
 
     def call_main(main: Callable[[list[str]], None], flags: str) -> Screen:
-        screen, folder = Screen(io.StringIO(), io.StringIO()), os.getcwd()
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2)]
+        screen, folder = Screen(*streams), os.getcwd()
         os.chdir(world)
         try:
             with (
@@ -164,7 +165,9 @@ def call(world):
         finally:
             os.chdir(folder)
             AcceleratorState._reset_state(reset_partial_state=True)
-        return Screen(screen.out.getvalue(), screen.err.getvalue())
+        for stream in screen:
+            stream.seek(0)
+        return Screen(screen.out.read(), screen.err.read())
 
     return call_main
 
