@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from dataset import IGNORE, SpeechDataset, collate
 from errors import InputError
+from intervals import LEVEL, Interval, rate_interval
 from manifest import SPEECH, DecodingOptions, transcript_of
 from score import score
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 AUDIO = "input_features input_values feature_lengths".split()  # the keys of a batch that embed_speech takes
 DEAF = 0.1  # a listening gap below this, in nats a token: the model writes much the same whatever it hears
+NUM_RESAMPLES = 1000  # for the interval of the error rate
 TO_TRY = "a higher --learning_rate, more steps, a smaller --projector_stride, --lora_r 8"
 
 
@@ -28,6 +30,7 @@ class Evaluation:
     metrics: dict[str, float]  # loss, listening_gap, and wer or another metric
     hypotheses: dict[int, str]  # greedy, by the index of the record, of the utterances that could be read
     skipped: set[str]  # why the others could not
+    interval: Interval | None  # of the error rate, over utterances
 
 
 def collate_with_prompts(examples: list[dict]) -> tuple[dict, dict]:
@@ -73,14 +76,15 @@ def evaluate(model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments
         raise InputError(f"every evaluation utterance is bad; the first: {min(bad.values())}")
     references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [texts[index] for index in good]
     result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
+    interval = rate_interval(result.lines, NUM_RESAMPLES)
     num_tokens = sum(tokens[index] for index in good)
     loss, loss_of_others = (sum(sums[index] for index in good) / num_tokens for sums in (losses, losses_of_others))
     metrics = {"loss": loss, result.metric: result.all.rate}
     if others[1:]:  # one clip alone has no other
         metrics["listening_gap"] = loss_of_others - loss
     if args.process_index == 0:
-        print_figures(metrics, result.metric, references, hypotheses)
-    return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), set(bad.values()))
+        print_figures(metrics, result.metric, interval, references, hypotheses)
+    return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), set(bad.values()), interval)
 
 
 def embeds_of_longest(model: "SpeechLLM", dataset: SpeechDataset) -> list[tuple[int, Tensor]]:
@@ -107,10 +111,13 @@ def embeds_of_another(batch: dict, others: list[tuple[int, Tensor]], speech_embe
     return torch.cat(parts)
 
 
-def print_figures(metrics: dict[str, float], rate: str, references: list[str], hypotheses: list[str]) -> None:
+def print_figures(
+    metrics: dict[str, float], rate: str, interval: Interval | None, references: list[str], hypotheses: list[str]
+) -> None:
     """The figures of an evaluation, three transcripts, and what to try if the model does not listen."""
     gap = metrics.get("listening_gap")
-    told = "" if gap is None else f", listening gap {gap:.3f}"
+    told = f" ({LEVEL} % interval {interval})" if interval else ""
+    told += "" if gap is None else f", listening gap {gap:.3f}"
     print(f"evaluation: loss {metrics['loss']:.4f}, {rate.upper()} {metrics[rate]:.2%}{told}; the first lines are:")
     for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:3]:
         print(f"  reference  {reference}\n  hypothesis {hypothesis}")

@@ -120,6 +120,8 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
         finished, _ = read_unfinished(args.result_path, key)  # those of all processes
         write_result(args.result_path, records, finished)
         print_problems_and_score(records, dataset.durations, finished)
+        if (model.config.training or {}).get("chosen on") == records.fingerprint():
+            print("the checkpoint was chosen on this very manifest: on other speech, expect more errors")
 
 
 def print_problems_and_score(records: Records, durations: Sequence[float], hypotheses: dict[int, Hypothesis]) -> None:

@@ -271,6 +271,7 @@ class SpeechTrainer(Trainer):
         self.skipped |= evaluation.skipped  # told at the end of the run
         kind = "evaluation" if metric_key_prefix == "eval" else metric_key_prefix
         self.model.config.training |= {f"{kind} {name}": round(v, 4) for name, v in evaluation.metrics.items()}
+        self.model.config.training[f"{kind} 95 % interval"] = str(evaluation.interval)
         if self.predictions:
             self.predictions.show(kind, dataset, evaluation.hypotheses, self.state)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}

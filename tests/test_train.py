@@ -26,6 +26,7 @@ from conftest import ROOT, TRAIN_FLAGS, TRAINED_FLAGS, write_manifest
 from runs import PROJECTOR, assert_same, checkpoints, evaluations, history, losses, weights
 from torch.utils.data import BatchSampler
 
+import recognize
 import train
 from dataset import collate
 from errors import BadUtterance, InputError
@@ -947,4 +948,8 @@ def test_checkpoints_are_chosen_on_one_manifest_and_tested_on_another(trained, c
     facts = json.loads((tmp_path / "config.json").read_text())["training"]
     assert {"evaluation loss", "test loss", "test wer"} <= facts.keys()
     assert facts["chosen on"] == Manifest(world / "eval.jsonl").fingerprint()
+    decode = f"--model_path {tmp_path} --max_new_tokens 2 --num_beams 1 --num_workers 0 --data_path"
+    told = "chosen on this very manifest"
+    assert told in call(recognize.main, f"{decode} eval.jsonl --result_path {tmp_path}/dev.txt").out
+    assert told not in call(recognize.main, f"{decode} corpus.jsonl --result_path {tmp_path}/test.txt").out
     assert [row for row in history(tmp_path) if "test_loss" in row] == []  # the checkpoints never saw it
