@@ -1,4 +1,4 @@
-"""The whole job on a laptop, nothing downloaded: a table of word error rates and three transcripts.
+"""The whole job on a laptop, nothing downloaded: error rates, what the model hears and makes up, pictures, a report.
 
     python -m demo           # about five minutes on two cores
     python -m demo --quick   # everything once in a minute or two; its error rates mean nothing
@@ -10,10 +10,11 @@ commands, train.py and recognize.py, train the projector between them and decode
 known voices, and in voices that no part has heard. No test sentence is in any training data; their words are.
 
 Each stage writes a stamp when its output is complete. A second run reuses what has one, unless the stage's settings or
-a stage before it have changed. A variant writes beside the default: run_mlp/, result_known_voices_mlp.txt ...
+a stage before it have changed. A variant writes beside the default: run_mlp/, result_known_voices_mlp.jsonl ...
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -21,22 +22,28 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Threads that wait must not spin: beside another busy program 38 steps of the encoder took 160 s so, and now 9 s.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from dataset import open_records
 from demo.data import TESTS, make_data
 from demo.models import RECIPES, train_encoder, train_llm
 from demo.stages import CORES, Stage, put, run_in_child
 from errors import run
+from from_nothing import text_from_nothing
+from intervals import rate_interval
 from projectors import PROJECTORS
+from result_file import read_rows
+from score import main as score_main
 from score import score
+from tools.plot import main as plot
 
 ROOT = Path(__file__).parent.parent
 VARIANT = ("encoder", "projector", "lora_r")  # settings in which a run may differ from the default
+NUM_RESAMPLES = 1000  # for the intervals
 PROCESSES = min(2, CORES)  # side by side, for small models gain little from more threads
 
 
@@ -135,7 +142,7 @@ def train_projector(folder: Path, settings: Settings, output_dir: Path) -> None:
         *("--per_device_train_batch_size", settings.projector_batch_size // PROCESSES, "--warmup_steps", 0.05),
         *("--projector", settings.projector, "--projector_hidden_size", settings.projector_hidden_size),
         *("--lora_r", settings.lora_r, "--lora_alpha", 2),  # with 16 the LLM learns to guess: WER 3.1 and 5.0 %
-        *("--lr_scheduler_type", "cosine", "--logging_steps", 50),
+        *("--eval_strategy", "steps", "--eval_steps", 150, "--lr_scheduler_type", "cosine", "--logging_steps", 10),
         *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", True, "--use_cpu"),
     )
     put(partial, output_dir)
@@ -151,21 +158,46 @@ def recognize(model: Path, test: Path, result: Path) -> None:
 
 
 def summarize(folder: Path, settings: Settings, stages: list[Stage]) -> None:
-    """Print the table and three transcripts; write summary.json."""
+    """Print error rates, three transcripts, what the model hears and what it makes up; write summary.json, pictures."""
     summary, suffix = {}, stages[-1].suffix
-    print("\n| test set | sentences | words | WER |\n|---|---|---|---|")
+    print("\n| test set | sentences | words | WER | 95 % interval |\n|---|---|---|---|---|")
     for name in TESTS:
-        references = [record["txt"] for record in open_records(folder / f"test_{name}.jsonl")]
-        hypotheses = (folder / f"result_{name}{suffix}.txt").read_text().splitlines()
-        rate = summary[f"wer_{name}"] = score(references, hypotheses).all.rate
-        title, num_words = name.replace("_", " "), sum(len(text.split()) for text in references)
-        print(f"| new sentences, {title} | {len(references)} | {num_words} | {100 * rate:.2f} % |")
-    print()
-    for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:3]:
-        print(f"reference  {reference}\nhypothesis {hypothesis}\n")
+        rows = read_rows(str(folder / f"test_{name}.jsonl"), str(folder / f"result_{name}{suffix}.jsonl"))
+        result = score(rows.references, rows.hypotheses)
+        interval = rate_interval(result.lines, NUM_RESAMPLES)
+        summary[f"wer_{name}"], summary[f"interval_{name}"] = result.all.rate, str(interval)
+        title, num_words = name.replace("_", " "), result.all.reference_length
+        print(f"| new sentences, {title} | {len(rows.keys)} | {num_words} | {result.all.rate:.2%} | {interval} % |")
+    for reference, hypothesis in list(zip(rows.references, rows.hypotheses, strict=True))[:3]:
+        print(f"\nreference  {reference}\nhypothesis {hypothesis}")
+    facts = json.loads((folder / f"run{suffix}" / "config.json").read_text())["training"]
+    summary["listening_gap"] = facts["evaluation listening_gap"]
+    rows = read_rows(str(folder / "test_nothing.jsonl"), str(folder / f"result_nothing{suffix}.jsonl"))
+    nothing = text_from_nothing(rows.references, rows.hypotheses, rows.durations)
+    summary["words_a_minute_from_nothing"] = nothing.words_per_minute
+    print(f"\nlistening gap: {summary['listening_gap']:.2f} nats a token more with another clip's audio")
+    print(nothing)
+    draw(folder, suffix)
     summary["seconds"] = {stage.name: stage.stamp()["seconds"] for stage in stages}
     summary["settings"] = asdict(settings)
     (folder / f"summary{suffix}.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def draw(folder: Path, suffix: str) -> None:
+    """The report with audio players, and the pictures: of the run, of error rates, of what the LLM looks at."""
+    test = ["--data_path", str(folder / "test_new_voices.jsonl")]
+    result = str(folder / f"result_new_voices{suffix}.jsonl")
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO())):  # the figures stand in the table
+        score_main([*test, "--result_path", result, "--html", str(folder / f"report{suffix}.html")])
+    run, clip = str(folder / f"run{suffix}"), str(folder / "wav/test_new_voices_00001.wav")
+    pictures = {
+        "run": [run],
+        "wer": ["--result", result, *test],
+        "attention": ["--attention", clip, "--model_path", run],
+    }
+    for name, flags in pictures.items():
+        plot([*flags, "--out", str(folder / f"{name}{suffix}.png")])
+    print(f"report{suffix}.html in {folder}/ shows every alignment, with audio")
 
 
 if __name__ == "__main__":
