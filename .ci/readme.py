@@ -46,6 +46,8 @@ NAMES = {
     r"(train\.py( --config)? recipes/wavlm_llama\.yaml)": rf"\1 --projector_hidden_size 32 {SHORT}",
     r"(.*--overfit 4)(?!\S)": r"\1 --max_steps 2 --use_cpu || test $? = 2",  # after so few steps it says why not
     r"--log_predictions_steps 50": "--log_predictions_steps 2 --max_steps 4 --use_cpu",
+    r"(.*train\.py .*--check)(?!\S)": r"\1 --use_cpu",
+    r"demo_run(?=/)": str(DEMO),
     r"python -m demo(?!\S)": f"python -m demo --quick --output_dir {DEMO}",
     r"(python -m tools\.benchmark(?!\S).*)": rf"\1 {SMALLEST}",
     r"(python -m recipes\.digits\.prepare(?!\S).*)": r"\1 --recordings recordings --num_train 16 --num_test 4",
