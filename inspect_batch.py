@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dataset import IGNORE, WINDOW, SpeechDataset, collate
 from errors import InputError
-from hallucination import least_seconds
+from hallucination import GRACE_SECONDS, least_seconds
 from manifest import SAMPLE_RATE, SPEECH, transcript_of
 from predictions import BOUNDARY_NAMES
 
@@ -155,7 +155,7 @@ def problem_of(row: Row, stop_ids: set[int]) -> str | None:
     if stops := [position for position in trained[:-1] if row.labels[position] in stop_ids]:
         return f"an end token inside the transcript, at its token {trained.index(stops[0]) + 1} of {len(trained)}"
     # 50 letters a second, or 25 Chinese characters: about twice the fastest speech. hallucination.py has the sources.
-    if (least := least_seconds(row.transcript)) > row.seconds:
+    if (least := least_seconds(row.transcript) + GRACE_SECONDS) > row.seconds:
         sizes = f"{len(row.transcript)} characters in {row.seconds:.2f} s, where nobody needs less than {least:.2f} s"
         return f"a transcript longer than its audio can carry: {sizes}"
     return None
