@@ -14,11 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -350,9 +350,10 @@ def record_start(
 def append_record(folder: str, event: str, rows: dict, text: str = "") -> None:
     """Append a table to experiment.md: a killed run, and the one that goes on from it, both stay there."""
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, "experiment.md"), "a", encoding="utf-8") as file:
-        file.write(f"## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {event}\n\n| | |\n|---|---|\n{table}\n{text}\n\n")
+        file.write(f"## {now}: {event}\n\n| | |\n|---|---|\n{table}\n{text}\n\n")
 
 
 def describe(model: SpeechLLM) -> str:
