@@ -95,15 +95,10 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     model = load_model(args)
     dataset = model.decoding_dataset(records, options)
     key = key_of_result(model, records, options)  # the same on all processes
-    finished, foreign = read_unfinished(args.result_path, key)
+    finished = read_unfinished(args.result_path, key)
     wait_for_all()  # all have read before anyone writes
     if rank == 0 and finished:
         print(f"going on: {len(finished):,} of {len(records):,} utterances were decoded before", file=sys.stderr)
-    if rank == 0 and foreign:
-        print("starting over: an unfinished result of another model, manifest or setting is there", file=sys.stderr)
-        for path in foreign:
-            path.unlink()
-    wait_for_all()
 
     todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
     share = todo[rank::num_processes]  # long and short ones for every process
@@ -117,7 +112,7 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
             bar.update(len(hypotheses))
     wait_for_all()
     if rank == 0:
-        finished, _ = read_unfinished(args.result_path, key)  # those of all processes
+        finished = read_unfinished(args.result_path, key)  # those of all processes
         write_result(args.result_path, records, finished)
         print_problems_and_score(records, dataset.durations, finished)
         if (model.config.training or {}).get("chosen on") == records.fingerprint():
@@ -128,7 +123,8 @@ def print_problems_and_score(records: Records, durations: Sequence[float], hypot
     if problems := [h.problem for _, h in sorted(hypotheses.items()) if h.problem]:
         print(f"{len(problems):,} of {len(records):,} utterances have problems:", *problems, sep="\n", file=sys.stderr)
     rows = [(transcript_of(record), hypotheses[i].text, durations[i]) for i, record in enumerate(records)]
-    if scored := [row for row in rows if row[0] is not None]:
+    scored = [row for row in rows if row[0] is not None]
+    if any(reference for reference, *_ in scored):  # else there is no rate
         result = score(*zip(*scored, strict=True))
         print(result.summary() + "; score.py lists them, and why" * bool(result.hallucinated))
         if len(scored) < len(rows):
@@ -180,26 +176,28 @@ def unfinished_files(result_path: str) -> list[Path]:
     return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.partial-*"))
 
 
-def read_unfinished(result_path: str, key: str) -> tuple[dict[int, Hypothesis], list[Path]]:
-    """Finished hypotheses by index, and the files with another key, which are of no use."""
-    finished, foreign = {}, []  # by index; of another key
+def read_unfinished(result_path: str, key: str) -> dict[int, Hypothesis]:
+    """Finished hypotheses by index, of the files with this key; the others are of no use."""
+    finished = {}
     for path in unfinished_files(result_path):
         head, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]  # a line without its end was torn by the kill
         if head == json.dumps(key).encode():  # the same model, records and options
             finished |= {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
-        else:
-            foreign.append(path)
-    return finished, foreign
+    return finished
 
 
 def open_unfinished(result_path: str, key: str, rank: int) -> BinaryIO:
     """This process's file, open for writing behind its last whole line."""
-    path = Path(f"{result_path}.partial-{rank}")
-    if not path.exists():
-        path.write_text(json.dumps(key) + "\n")  # the first line
-    file = open(path, "r+b")  # noqa: SIM115
-    file.seek(file.read().rfind(b"\n") + 1)  # behind the last whole line
-    file.truncate()  # cuts a torn line off
+    file, head = open(f"{result_path}.partial-{rank}", "a+b"), json.dumps(key).encode() + b"\n"  # noqa: SIM115
+    file.seek(0)
+    content = file.read()
+    if content.startswith(head):
+        file.truncate(content.rfind(b"\n") + 1)  # cuts a torn line off
+        return file
+    if content:
+        print("starting over: an unfinished result of another model, manifest or setting is there", file=sys.stderr)
+    file.truncate(0)
+    file.write(head)
     return file
 
 
