@@ -754,7 +754,10 @@ class SpeechLLM(PreTrainedModel):
                     warnings.warn(f"{path}: without {new[0]} and the like ({len(new)}): they start new", stacklevel=2)
                     wanted = {name: shape for name, shape in wanted.items() if name not in new}
                 if shapes != wanted:
-                    raise InputError(f"{path}: does not fit the encoder, projector and LLM: {misfits(shapes, wanted)}")
+                    c = self.config
+                    made_for = f"encoder width {c.encoder_size}, LLM width {c.hidden_size}, {c.projector} projector of "
+                    made_for += f"stride {c.projector_stride}, hidden size {c.projector_hidden_size}"
+                    raise InputError(f"{path}: does not fit {made_for}: {misfits(shapes, wanted)}")
                 for name in shapes:
                     if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
                         self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to

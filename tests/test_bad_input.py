@@ -176,7 +176,7 @@ TABLE = [  # name, what is written, the command, the text of its error
     ("a folder as weights", run_with("model.safetensors", folder_there), "decode", WEIGHTS),
     ("weights of PyTorch", run_with("model.safetensors", lambda path: torch.save({}, path)), "decode", WEIGHTS),
     ("other weights", run_with("model.safetensors", lambda path: save_file({"a": torch.zeros(3)}, path)), "decode",
-     "run/model.safetensors: does not fit the encoder, projector and LLM: "),
+     "run/model.safetensors: does not fit encoder width 32, LLM width 48"),
     ("no config", run_with("config.json", Path.unlink), "decode", f"run/config.json: no such file; {OURS}"),
     ("an empty config", run_with("config.json", ""), "decode", "run/config.json: Expecting value: line 1 column 1"),
     ("a latin-1 config", run_with("config.json", b'{"prompt": "h\xf6r"}'), "decode", "run/config.json: 'utf-8' codec"),
