@@ -48,6 +48,7 @@ NAMES = {
     r"--log_predictions_steps 50": "--log_predictions_steps 2 --max_steps 4 --use_cpu",
     r"(.*train\.py .*--check)(?!\S)": r"\1 --use_cpu",
     r"demo_run(?=/)": str(DEMO),
+    r"python -m tools\.matrix": "python -m tools.matrix whisper_openai w2v_bert canary",  # the others in tests/
     r"python -m demo(?!\S)": f"python -m demo --quick --output_dir {DEMO}",
     r"(python -m tools\.benchmark(?!\S).*)": rf"\1 {SMALLEST}",
     r"(python -m recipes\.digits\.prepare(?!\S).*)": r"\1 --recordings recordings --num_train 16 --num_test 4",

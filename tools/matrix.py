@@ -1,8 +1,10 @@
 """Every encoder with every LLM and every projector, tiny and random: trained for a step, decoded, alone = in a batch.
 
 python -m tools.matrix  # the table of README.md
+python -m tools.matrix whisper_openai canary  # two rows of it
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -23,14 +25,19 @@ ALL_PROJECTORS = ["conv1d", *PROJECTORS]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encoders", nargs="*", metavar="ENCODER", help=f"default: {', '.join(ENCODERS)}")
+    encoders = parser.parse_args().encoders or list(ENCODERS)
+    if unknown := set(encoders) - set(ENCODERS):
+        parser.error(f"no encoder {', '.join(unknown)}; wanted some of {', '.join(ENCODERS)}")
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     print("| encoder |", *(f"{llm} |" for llm in LLMS))
     print("|---|" + "---|" * len(LLMS))
     with tempfile.TemporaryDirectory() as folder:
         llms = {name: str(build(Path(folder, name))) for name, build in LLMS.items()}
-        for encoder, build in ENCODERS.items():
-            path, cells = str(build(Path(folder, encoder))), []
+        for encoder in encoders:
+            path, cells = str(ENCODERS[encoder](Path(folder, encoder))), []
             for llm in LLMS:
                 for projector in ALL_PROJECTORS:
                     torch.manual_seed(0)
