@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-extra
 	ruff check . && ruff format --check .
-	python -m pytest -q -n 2 --dist loadfile
+	python -m pytest -q -n 2
 
 format: $(VENV)/installed-extra
 	ruff check --fix . && ruff format .

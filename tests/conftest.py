@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import torch
 from families import ENCODERS, LLMS, make_llm_tokenizer
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # also for the commands that tests start
 torch.set_num_threads(1)
@@ -38,6 +39,24 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+PROCESSES = ("test_zero3", "test_kills", "test_benchmark", "test_house", "test_distributed")
+
+
+class ByFile(LoadScopeScheduling):
+    """A file goes to one of xdist's workers as a whole. Those that start many processes go to the same one.
+
+    Beside each other they take five times as long: ranks of DeepSpeed on CPUs spin while they wait for each other.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "processes" if Path(file).stem in PROCESSES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
+    return ByFile(config, log)
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

@@ -156,10 +156,10 @@ def test_lora_is_saved_beside_the_projector_and_loaded_with_it(world, adapted):
 
 
 def test_a_run_with_lora_that_was_killed_ends_with_the_weights_of_one_that_was_not(world, adapted, call, launch):
-    launch("train.py", f"{adapted} --output_dir stopped", die_at="stopped/checkpoint-6").died()
-    screen = call(train.main, f"{adapted} --output_dir stopped")
-    assert "going on from stopped/checkpoint-3\n" in screen.out
-    assert_same(weights(world / "stopped"), weights(world / "adapted"))
+    launch("train.py", f"{adapted} --output_dir adapted_killed", die_at="adapted_killed/checkpoint-6").died()
+    screen = call(train.main, f"{adapted} --output_dir adapted_killed")
+    assert "going on from adapted_killed/checkpoint-3\n" in screen.out
+    assert_same(weights(world / "adapted_killed"), weights(world / "adapted"))
 
 
 def test_recognize_decodes_with_lora_merged_or_not(adapted, call):
