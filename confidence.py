@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import IGNORE, pad_left
-from hallucination import UNSPACED
+from hallucination import TOKEN
 from manifest import DecodingOptions
 
 if TYPE_CHECKING:
     from model import SpeechLLM
 
-TEXT_INPUTS = ("input_ids", "attention_mask")
-WORD = re.compile(rf"\s*([{UNSPACED}]|[^\s{UNSPACED}]+)")  # with the space before it
+WORD = re.compile(rf"\s*({TOKEN.pattern})")  # with the space before it
 
 
 @torch.no_grad()
@@ -47,15 +46,12 @@ def scores(
 ) -> list[dict[str, Any]]:
     """Further fields of the hypotheses of a batch, as options ask for them.
 
-    `inputs` are those of generate, `ids` (B * nbest, new) what it returns, the best of each clip first, `lengths`
-    (B * nbest) their tokens before the end, `limits` (B) the tokens after which a clip is cut off.
+    `inputs` are those of generate, with speech_embeds, `ids` (B * nbest, new) what it returns, the best of each clip
+    first, `lengths` (B * nbest) their tokens before the end, `limits` (B) the tokens after which a clip is cut off.
     """
     prompts = [
         row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
-    audio = {name: tensor for name, tensor in inputs.items() if name not in TEXT_INPUTS}
-    speech_embeds = audio.pop("speech_embeds")
-    speech_embeds = model.embed_speech(**audio) if speech_embeds is None else speech_embeds  # (sum of N, H)
     nbest = options.nbest
     limits = [limit for limit in limits for _ in range(nbest)]  # (B * nbest), as lengths
     rows = list(zip(ids.tolist(), lengths, limits, strict=True))
@@ -63,7 +59,7 @@ def scores(
     texts = model.tokenizer.batch_decode([row[:length] for row, length, _ in rows], skip_special_tokens=True)
     log_probs = [[]] * len(rows)  # of each token
     for rank in range(nbest):  # the best of all clips together, then the second best ...
-        log_probs[rank::nbest] = token_log_probabilities(model, prompts, answers[rank::nbest], speech_embeds)
+        log_probs[rank::nbest] = token_log_probabilities(model, prompts, answers[rank::nbest], inputs["speech_embeds"])
     totals = [round(sum(probs), 4) for probs in log_probs]
 
     fields = []

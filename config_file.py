@@ -10,6 +10,12 @@ from errors import InputError, nearest
 SECTIONS = ("data", "model", "training")  # in which keys may stand
 
 
+def with_flags_of_file(argv: list[str], flags: list[str]) -> list[str]:
+    """The command line with the flags of the YAML file that it begins with, perhaps as --config FILE, in its place."""
+    path, *others = argv[1:] or ["--config"] if argv[0] == "--config" else argv
+    return [*flags_of_file(path, flags), *others]  # of two values the later wins
+
+
 def flags_of_file(path: str, flags: list[str]) -> list[str]:
     """The command line that a YAML file stands for. Its keys may stand in sections: data, model, training."""
     try:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from alignment import columns_of
+
 if TYPE_CHECKING:
     import jiwer
 
@@ -23,14 +25,6 @@ class Confusion:
 
 def confusions(alignments: Sequence["jiwer.WordOutput"], most: int) -> list[Confusion]:
     """The commonest errors, at most `most` of them, word by word (jiwer's own count joins neighbours to phrases)."""
-    counter: Counter = Counter()
-    for alignment in alignments:
-        reference, hypothesis = alignment.references[0], alignment.hypotheses[0]
-        for chunk in alignment.alignments[0]:
-            if chunk.type == "equal":
-                continue
-            spoken = reference[chunk.ref_start_idx : chunk.ref_end_idx]
-            written = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            length = max(len(spoken), len(written))  # one of them is empty, or both are of a length
-            counter.update(zip(spoken or [""] * length, written or [""] * length, strict=True))
+    columns = (column for alignment in alignments for column in columns_of(alignment))
+    counter = Counter((column.reference, column.hypothesis) for column in columns if column.kind != "equal")
     return [Confusion(*pair, count) for pair, count in counter.most_common(most)]

@@ -6,7 +6,6 @@
 Shapes: B batch, A audio windows in the batch, S samples, M mel bins, F feature frames, L tokens, K with labels.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ WINDOW = 30 * SAMPLE_RATE  # samples; longer clips are encoded in equal windows 
 IGNORE = -100  # in labels: not trained on
 SHORTEST = 400  # samples, 25 ms: the least that gives a frame of a spectrogram, or of a convolutional feature extractor
 SILENCE = 2 * SAMPLE_RATE  # samples that stand for a clip which cannot be read
+TOO_LONG = "{:.2f} s of audio, over --max_seconds {:g}"
 PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
     "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
     "{{ eos_token if turn.role == 'assistant' }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -138,13 +138,13 @@ def render_prompt(tokenizer, prompt: str | list[dict], system_prompt: str | None
     if isinstance(prompt, str):
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         prompt = [*system, {"role": "user", "content": prompt}]
-    turns = json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in prompt])
+    turns = tuple((turn["role"], turn["content"]) for turn in prompt)  # can be a key of the cache
     return render_template(tokenizer, tokenizer.chat_template, turns)
 
 
 @lru_cache(maxsize=64)  # most records have the same prompt
-def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[list[int]], int]:
-    """What render_prompt gives; `turns` are JSON, which can be a key of the cache."""
+def render_template(tokenizer, chat_template: str, turns: tuple[tuple[str, str], ...]) -> tuple[list[list[int]], int]:
+    """What render_prompt gives, of (role, content) of each turn."""
 
     def render(messages: list[dict], **options) -> str:  # thinking models are told not to think, LLaMA 3 a fixed date
         options |= {"chat_template": chat_template, "enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -156,7 +156,7 @@ def render_template(tokenizer, chat_template: str, turns: str) -> tuple[list[lis
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    messages = json.loads(turns)  # role and content
+    messages = [{"role": role, "content": content} for role, content in turns]
     pieces = [tokenize(text) for text in render(messages, add_generation_prompt=True).split(AUDIO)]
     answer = "Seven."  # no template contains it: the text behind it is the end of the turn
     _, shows_answer, end_of_turn = render([*messages, {"role": "assistant", "content": answer}]).rpartition(answer)
@@ -193,7 +193,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     embedding_counts: np.ndarray  # [length of features] -> speech embeddings that the model makes of them
     prompt: str = PROMPT
     system_prompt: str | None = None
-    boundary_tokens: bool = False
+    audio_boundary_tokens: bool = False
     pad_to_30s: bool = False
     max_length: int | None = None  # LLM positions of prompt, speech and transcript together
     max_seconds: float | None = None  # None or 0 = any
@@ -203,14 +203,16 @@ class SpeechDataset(torch.utils.data.Dataset):
     seed: int = 0  # of the augmentation
 
     def __post_init__(self):
+        self.limit = (self.max_seconds or np.inf) + 0.01  # seconds; times are rounded
         self.durations, self.bad = self.measure()
         if self.bad and self.on_bad == "error":
             more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
         if self.on_bad == "skip" and len(self.bad) == len(self.records):
             raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
-        left_out = self.bad if self.on_bad == "skip" else {}  # "keep" leaves nothing out
-        self.indices = np.array([index for index in range(len(self.records)) if index not in left_out])
+        left_out = list(self.bad) if self.on_bad == "skip" else []
+        self.indices = np.setdiff1d(np.arange(len(self.records)), left_out)  # of the records, by position
+        self.seconds = self.durations[self.indices] if left_out else self.durations  # by position
 
     def measure(self) -> tuple[np.ndarray, dict[int, str]]:
         """Seconds of every record, from headers where it does not state them; and what is wrong, by index."""
@@ -226,9 +228,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 
         with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
             list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
-        for index in np.flatnonzero(durations > (self.max_seconds or np.inf) + 0.01).tolist():
-            reason = f"{durations[index]:.2f} s of audio, over --max_seconds {self.max_seconds:g}"
-            bad[index] = f"{self.records[index]['where']}: {reason}"
+        for index in np.flatnonzero(durations > self.limit).tolist():
+            bad[index] = f"{self.records[index]['where']}: {TOO_LONG.format(durations[index], self.max_seconds)}"
         return np.nan_to_num(durations), bad  # what cannot be read lasts 0 s
 
     def __len__(self) -> int:
@@ -258,8 +259,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         if not clips:
             raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
         seconds = sum(map(len, clips)) / SAMPLE_RATE  # the record may have stated fewer
-        if seconds > (self.max_seconds or np.inf) + 0.01:
-            raise BadUtterance(f"{seconds:.2f} s of audio, over --max_seconds {self.max_seconds:g}")
+        if seconds > self.limit:
+            raise BadUtterance(TOO_LONG.format(seconds, self.max_seconds))
         return clips
 
     def render(self, record: dict, clips: list[np.ndarray], check_length: bool = True) -> dict:
@@ -279,7 +280,7 @@ class SpeechDataset(torch.utils.data.Dataset):
             raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
         prompt_ids = list(pieces[0])  # up to the first clip
         for count, piece in zip(counts, pieces[1:], strict=True):
-            prompt_ids += speech_ids(count, self.boundary_tokens) + piece  # a clip, and the text behind it
+            prompt_ids += speech_ids(count, self.audio_boundary_tokens) + piece  # a clip, and the text behind it
 
         target_ids = []
         if transcript is not None and self.with_targets:

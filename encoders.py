@@ -50,18 +50,27 @@ PREFIXES = {r"^model\.encoder\.": "", r"^encoder\.": ""}  # of an encoder's weig
 
 
 def load(
-    name: str, revision: str | None = None, layer: int | None = None, dtype: torch.dtype | None = None
+    name: str,
+    revision: str | None = None,
+    layer: int | None = None,
+    dtype: torch.dtype | None = None,
+    whisper_class: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
     """The encoder of a checkpoint, without heads and decoders.
 
     `name`: a folder, a Hub name (at `revision`), or KIND:PLACE, which calls the loader of row KIND with the name PLACE.
     `layer`: the frames are hidden_states[layer] of transformers, 1 ... the number of layers, and nothing above is
-    loaded; None is the model's own last output. `dtype` of the weights: None is the checkpoint's. Raises InputError.
+    loaded; None is the model's own last output. `dtype` of the weights: None is the checkpoint's. `whisper_class` is
+    made of transformers' Whisper encoder and its feature extractor. Raises InputError.
     """
     kind, colon, place = name.partition(":")
-    if colon and kind in ENCODERS:
+    if colon and kind in ENCODERS and not Path(name).exists():
         return ENCODERS[kind](place, revision, layer, dtype)
-    model_type = read_config(name, revision).model_type
+    config = read_config(name, revision)
+    model_type = config.model_type
+    if model_type == "whisper" and whisper_class:
+        keep_whisper_layers(config, layer)
+        return whisper_class(*load_parts(name, revision, dtype, config, TransformersWhisper, key_mapping=PREFIXES))
     if model_type not in ENCODERS:
         raise InputError(f"{name}: a model of type {model_type}; wanted one of whisper, {', '.join(ENCODERS)}")
     return ENCODERS[model_type](name, revision, layer, dtype)
@@ -95,15 +104,6 @@ def keep_whisper_layers(config: WhisperConfig, layer: int | None) -> None:
         is_last = layer == config.num_hidden_layers
         keep_layers(config, layer)
         config.has_final_norm = is_last and config.to_dict().get("has_final_norm", True)  # a field of ours
-
-
-def load_whisper_parts(
-    name: str, revision: str | None, layer: int | None, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
-    """transformers' Whisper encoder and its feature extractor, for model.WhisperEncoder. Raises InputError."""
-    config = read_config(name, revision)
-    keep_whisper_layers(config, layer)
-    return load_parts(name, revision, dtype, config, TransformersWhisper, key_mapping=PREFIXES)
 
 
 def load_parts(

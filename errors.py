@@ -10,8 +10,6 @@ from difflib import get_close_matches
 from pickle import UnpicklingError
 from typing import Any
 
-UNGATHERED = "tensors of size 0, which ZeRO-3 leaves where weights are saved without being gathered"
-
 
 class InputError(ValueError):
     """Something the user gave us is wrong. The message is one line."""
@@ -26,6 +24,7 @@ def run(main: Callable[[], None], cure: str = "") -> None:
 
     `cure` is what helps against a BadUtterance; it goes to the end of the line.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # where a text cannot be shown, the rest still can
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     status = 0
     try:
@@ -77,20 +76,19 @@ def load_pretrained(model_class: type, name: str, may_lack: tuple[str, ...] = ()
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers' own tables of weights; what matters in them is told below
+    logging.set_verbosity_error()  # no tables of weights; what matters in them comes below
     try:
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, in one line
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(name, **options)  # info: which weights did not fit
     finally:
         logging.set_verbosity(verbosity)
     for key, found, wanted in sorted(info["mismatched_keys"])[:1]:
-        cause = UNGATHERED if 0 in found else f"{len(info['mismatched_keys'])} such weights in all"
-        raise InputError(f"{name}: {key} is {tuple(found)}, wanted {tuple(wanted)} by its config.json; {cause}")
+        raise InputError(f"{name}: {key} is {tuple(found)}, wanted {tuple(wanted)} by its config.json")
     may_lack = (*may_lack, "num_batches_tracked")  # a counter of BatchNorm that nothing uses
     if missing := sorted(key for key in info["missing_keys"] if not key.endswith(may_lack)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{name}: weights that config.json promises are missing: {missing[0]}{more}")
-    modules = dict(model.named_modules())  # by name
+    modules = dict(model.named_modules())
     # The layer is there and has no such weight. Weights of whole parts that are not there are left out on purpose.
     misplaced = [key for key in sorted(info["unexpected_keys"]) if modules.get(key.rpartition(".")[0], model) != model]
     if misplaced:

@@ -1,6 +1,7 @@
 """Evaluation during training: loss, error rate, and whether the model listens to the audio: --eval_data_path."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,6 @@ from score import score
 if TYPE_CHECKING:
     from model import SpeechLLM
 
-AUDIO = "input_features input_values feature_lengths".split()  # the keys of a batch that embed_speech takes
 DEAF = 0.1  # a listening gap below this, in nats a token: the model writes much the same whatever it hears
 NUM_RESAMPLES = 1000  # for the interval of the error rate
 TO_TRY = "a higher --learning_rate, more steps, a smaller --projector_stride, --lora_r 8"
@@ -32,6 +32,11 @@ class Evaluation:
     skipped: set[str]  # why the others could not
     interval: Interval | None  # of the error rate, over utterances
 
+    def facts(self) -> dict[str, float | str]:
+        """For config.json and experiment.md."""
+        interval = {} if self.interval is None else {f"{LEVEL} % interval": f"{self.interval} %"}
+        return {name: round(value, 4) for name, value in self.metrics.items()} | interval
+
 
 def collate_with_prompts(examples: list[dict]) -> tuple[dict, dict]:
     """The batch with transcripts, for the loss, and the one without, for decoding."""
@@ -39,7 +44,9 @@ def collate_with_prompts(examples: list[dict]) -> tuple[dict, dict]:
 
 
 @torch.no_grad()
-def evaluate(model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments, metric: str = "auto") -> Evaluation:
+def evaluate(
+    model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments, metric: str = "auto", title: str = "evaluation"
+) -> Evaluation:
     """The evaluation of all utterances, the same for any number of processes.
 
     The listening gap is the loss with another clip's audio minus the loss with the right audio, per trained token: near
@@ -49,15 +56,14 @@ def evaluate(model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments
     """
     share = -(-len(dataset) // args.world_size)  # utterances a process
     positions = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
-    positions.sort(key=lambda position: -dataset.durations[dataset.indices[position]])  # similar lengths in a batch
+    positions.sort(key=lambda position: -dataset.seconds[position])  # similar lengths in a batch
     options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
     losses, losses_of_others, tokens, texts, bad = {}, {}, {}, {}, {}  # of each utterance, by index
     with model.in_eval_mode():
         others = embeds_of_longest(model, dataset)
         for batch, prompts in DataLoader(dataset, args.per_device_eval_batch_size, sampler=positions, **options):
-            tensors = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
-            audio = {name: tensors.pop(name) for name in AUDIO if name in tensors}
-            speech_embeds = model.embed_speech(**audio)  # (sum of N, H), once for both losses and decoding
+            tensors = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+            speech_embeds = model.embed_batch(batch)  # (sum of N, H), once for both losses and decoding
             wrong_embeds = embeds_of_another(batch, others, speech_embeds)
             for sums, embeds in ((losses, speech_embeds), (losses_of_others, wrong_embeds)):
                 logits = model(**tensors, speech_embeds=embeds).logits  # (B, K, V)
@@ -83,20 +89,16 @@ def evaluate(model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments
     if others[1:]:  # one clip alone has no other
         metrics["listening_gap"] = loss_of_others - loss
     if args.process_index == 0:
-        print_figures(metrics, result.metric, interval, references, hypotheses)
+        print_figures(title, metrics, result.metric, interval, references, hypotheses)
     return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), set(bad.values()), interval)
 
 
 def embeds_of_longest(model: "SpeechLLM", dataset: SpeechDataset) -> list[tuple[int, Tensor]]:
-    """(index of the record, speech embeddings (N, H)) of the two longest clips, the same on every process."""
-    lengths = dataset.durations[dataset.indices]
-    examples = [dataset[int(position)] for position in (-lengths).argsort(kind="stable")[:2]]
-    embeds = []
-    for example in examples:  # one by one: short of memory, the longest clip alone is the most that must fit
-        batch = collate([example])
-        audio = {name: batch[name].to(model.device) for name in AUDIO if name in batch}
-        embeds.append((example["index"], model.embed_speech(**audio)))
-    return embeds
+    """(index of the record, speech embeddings (N, H)) of the two longest good clips, the same on every process."""
+    by_length = map(int, (-dataset.seconds).argsort(kind="stable"))  # positions
+    examples = (example for example in map(dataset.__getitem__, by_length) if not example["bad"])
+    # One by one: short of memory, the longest clip alone is the most that must fit.
+    return [(example["index"], model.embed_batch(collate([example]))) for example in islice(examples, 2)]
 
 
 def embeds_of_another(batch: dict, others: list[tuple[int, Tensor]], speech_embeds: Tensor) -> Tensor:
@@ -112,13 +114,18 @@ def embeds_of_another(batch: dict, others: list[tuple[int, Tensor]], speech_embe
 
 
 def print_figures(
-    metrics: dict[str, float], rate: str, interval: Interval | None, references: list[str], hypotheses: list[str]
+    title: str,
+    metrics: dict[str, float],
+    rate: str,
+    interval: Interval | None,
+    references: list[str],
+    hypotheses: list[str],
 ) -> None:
     """The figures of an evaluation, three transcripts, and what to try if the model does not listen."""
     gap = metrics.get("listening_gap")
-    told = f" ({LEVEL} % interval {interval})" if interval else ""
-    told += "" if gap is None else f", listening gap {gap:.3f}"
-    print(f"evaluation: loss {metrics['loss']:.4f}, {rate.upper()} {metrics[rate]:.2%}{told}; the first lines are:")
+    more = f" ({LEVEL} % interval {interval})" if interval else ""
+    more += "" if gap is None else f", listening gap {gap:.3f}"
+    print(f"{title}: loss {metrics['loss']:.4f}, {rate.upper()} {metrics[rate]:.2%}{more}; the first lines are:")
     for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:3]:
         print(f"  reference  {reference}\n  hypothesis {hypothesis}")
     if gap is not None and gap < DEAF:

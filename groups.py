@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from intervals import Interval, rate_interval
+from intervals import LEVEL, Interval, rate_interval
 
 DURATION_EDGES = [0, 2, 5, 10, 20, 30, math.inf]  # seconds
 MAX_GROUPS = 30  # of one key in a report
@@ -60,11 +60,10 @@ def duration_bin(seconds: float) -> str:
     return "unknown"
 
 
-def as_lines(key: str, rows: Sequence[Group], num_left_out: int, metric: str) -> list[str]:
-    """A table to read."""
+def as_lines(key: str, rows: Sequence[Group], num_left_out: int, metric: str, unit: str) -> list[str]:
+    """A table to read; `unit` is what the metric counts, words say."""
     width = max(len(f"by {key}"), *(len(row.name) + 2 for row in rows))
-    tokens = {"wer": "words", "cer": "characters"}.get(metric, "tokens")
-    lines = [f"{f'by {key}':{width}}  {'lines':>8}  {tokens:>10}  {metric.upper():>7}  95 % interval"]
+    lines = [f"{f'by {key}':{width}}  {'lines':>8}  {unit:>10}  {metric.upper():>7}  {LEVEL} % interval"]
     for row in rows:
         rate = "-" if row.rate is None else f"{100 * row.rate:.2f}"
         counts = f"{row.num_lines:>8,}  {row.reference_length:>10,}  {rate:>7}"

@@ -5,17 +5,16 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import soundfile
 from jinja2 import Environment
 
+from alignment import columns_of
 from errors import BadUtterance, InputError
 from manifest import SAMPLE_RATE, clips_of
 
 if TYPE_CHECKING:
-    import jiwer
-
     from result_file import Rows
     from score import Score
 
@@ -72,13 +71,13 @@ PAGE = """<!doctype html>
 <article data-errors="{{ line.errors }}" data-rate="{{ line.rate }}" data-seconds="{{ line.seconds }}"
  data-index="{{ line.index }}" data-reason="{{ line.reason }}" data-text="{{ line.text }}">
   <header><b>{{ line.key }}</b><span>{{ line.errors }} error{{ "" if line.errors == 1 else "s" }}
-    {%- if line.counts.reference_length %} in {{ line.counts.reference_length }} {{ tokens }}{% endif %}:
+    {%- if line.counts.reference_length %} in {{ line.counts.reference_length }} {{ unit }}{% endif %}:
     {{ line.counts.substitutions }} substituted, {{ line.counts.deletions }} deleted,
     {{ line.counts.insertions }} inserted</span>
     {%- if line.seconds >= 0 %}<span>{{ "%.1f" | format(line.seconds) }} s</span>{% endif %}
     <span>{{ line.place }}</span></header>
   {% if line.reason %}<p class="reason">left out: {{ line.reason }}</p>{% endif %}
-  <div class="tokens" dir="auto">{% for token in line.tokens %}<span class="{{ token.kind }}">
+  <div class="tokens" dir="auto">{% for token in line.columns %}<span class="{{ token.kind }}">
     {%- if token.kind == "delete" %}<s>{{ token.reference }}</s>{% else %}<b>{{ token.reference }}</b>{% endif -%}
     <i>{{ token.hypothesis }}</i></span>{% endfor %}</div>
   {% for clip in line.audio %}<audio controls preload="metadata" src="{{ clip }}"></audio>{% endfor %}
@@ -105,21 +104,12 @@ PAGE = """<!doctype html>
 """
 
 
-class Token(NamedTuple):
-    """A column of an alignment."""
-
-    kind: str  # equal, substitute, delete or insert
-    reference: str = ""
-    hypothesis: str = ""
-
-
-def write(path: str, report: Sequence[str], result: "Score", rows: "Rows") -> None:
-    """Write the page: the report, and below it the lines with the most errors. Raises InputError."""
+def write(path: str, report: Sequence[str], result: "Score", rows: "Rows", unit: str) -> None:
+    """Write the page: the report, and below it the lines with the most errors, in a `unit`. Raises InputError."""
     wrong = sorted((i for i, counts in enumerate(result.lines) if counts.errors), key=lambda i: -result.lines[i].errors)
     lines = [line_of(index, result, rows) for index in wrong[:MAX_LINES]]
-    tokens = {"wer": "words", "cer": "characters"}.get(result.metric, "tokens")
     template = Environment(autoescape=True).from_string(PAGE)
-    page = template.render(report=report, lines=lines, tokens=tokens, num_wrong=f"{len(wrong):,}")
+    page = template.render(report=report, lines=lines, unit=unit, num_wrong=f"{len(wrong):,}")
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -144,21 +134,10 @@ def line_of(index: int, result: "Score", rows: "Rows") -> dict:
         "seconds": -1 if math.isnan(seconds) else seconds,
         "reason": result.hallucinated.get(index, ""),
         "text": f"{rows.references[index]}\n{rows.hypotheses[index]}\n{rows.keys[index]}",
-        "tokens": tokens_of(result.alignments[index]),
+        "columns": columns_of(result.alignments[index]),
         "audio": audio,
         "problem": problem,
     }
-
-
-def tokens_of(alignment: "jiwer.WordOutput") -> list[Token]:
-    """The columns of a line's alignment."""
-    reference, hypothesis, columns = alignment.references[0], alignment.hypotheses[0], []
-    for chunk in alignment.alignments[0]:
-        spoken = reference[chunk.ref_start_idx : chunk.ref_end_idx]
-        written = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        empty = [""] * max(len(spoken), len(written))  # one of them is empty, or both are of a length
-        columns += [Token(chunk.type, *pair) for pair in zip(spoken or empty, written or empty, strict=True)]
-    return columns
 
 
 def audio_of(record: dict) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import InputError
+from score import METRICS
 
 if TYPE_CHECKING:
     from model import SpeechLLMConfig
@@ -35,7 +36,6 @@ model = SpeechLLM.from_pretrained({{ arguments }})
 print(model.transcribe("a.wav", num_beams=4))
 ```
 """
-PARTS = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
 
 
 def download(name: str, revision: str | None, token: str | None) -> Path:
@@ -88,7 +88,7 @@ def origin_of(config: "SpeechLLMConfig", is_merged: bool) -> dict[str, str | Non
     if is_merged:
         return {}
     names = vars(config) | (config.origin or {})
-    return {key: names[key] for part in PARTS if not Path(names[part]).exists() for key in (part, PARTS[part])}
+    return {key: names[key] for part in config.PARTS if not Path(names[part[0]]).exists() for key in part}
 
 
 def config_for_others(config: "SpeechLLMConfig", is_merged: bool) -> "SpeechLLMConfig":
@@ -138,9 +138,7 @@ def model_card(
     config = config_for_others(config, is_merged)
     encoder, llm, training = config.encoder_name_or_path, config.llm_model_name_or_path, config.training or {}
     title = f"{Path(encoder).name} + {config.projector} projector + {Path(llm).name}"
-    rates = {
-        metric: training[f"evaluation {metric}"] for metric in ("wer", "cer") if f"evaluation {metric}" in training
-    }
+    rates = {name: training[f"evaluation {name}"] for name in METRICS if f"evaluation {name}" in training}
     cells = {
         "encoder": f"{encoder}, {config.encoder_revision or 'default revision'}",
         "projector": f"{config.projector}, {config.projector_stride} frames an embedding",

@@ -7,20 +7,18 @@ loss before the first step, and the memory that a step will take: see `Memory`.
 Shapes: B batch, L tokens, K last tokens with labels, A audio windows, F feature frames, V vocabulary.
 """
 
-import io
 import math
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import groupby, islice
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from dataset import IGNORE, WINDOW, SpeechDataset, collate
 from errors import InputError
@@ -84,15 +82,12 @@ class Memory:
         return f"{self.total / 1e6:,.0f} MB ({parts})"
 
 
-def show(
-    batches: Iterable[dict], dataset: SpeechDataset, model: nn.Module, args: TrainingArguments, count: int
-) -> None:
-    """Print the first `count` batches of `collate`, and raise InputError if any utterance is wrong.
+def show(trainer: Trainer, count: int) -> None:
+    """Print the first `count` batches that a SpeechTrainer trains on, and raise InputError if any utterance is wrong.
 
     Of several processes each checks its own share of a batch, and the first prints.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where a token cannot be shown
+    dataset, model, args = trainer.train_dataset, trainer.model, trainer.args
     # Colours in a terminal alone; brackets in a text are no markup.
     console = Console(quiet=args.process_index > 0, highlight=False, markup=False, soft_wrap=True)
     stop_ids, problems = set(model.llm.generation_config.eos_token_id), []
@@ -100,7 +95,7 @@ def show(
     if args.gradient_checkpointing:  # as Trainer does it, by the name that its version has
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable(args.gradient_checkpointing_kwargs)
-    for number, batch in enumerate(islice(batches, count), 1):
+    for number, batch in enumerate(islice(trainer.get_train_dataloader(), count), 1):
         rows = rows_of(batch, dataset)
         console.print(f"\nbatch {number}: {len(rows)} utterances")
         for row in rows:
@@ -110,12 +105,13 @@ def show(
         if not any(label != IGNORE for row in rows for label in row.labels):
             problems.append(f"{rows[0].where}: batch {number} has not one label")
         print_sizes(console, batch)
-        if not problems:
+        of_all = sum(gather_object([problems]), [])  # of all processes: none may wait for another one
+        if not of_all:
             print_step(console, "a step with this batch", batch, model, args)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"{problems[0]}{more}")
-    longest = dataset.durations[dataset.indices].argsort()[-args.train_batch_size :]  # positions
+    if of_all:
+        more = f" (and {len(of_all) - 1} more)" if len(of_all) > 1 else ""
+        raise InputError(f"{of_all[0]}{more}")
+    longest = dataset.seconds.argsort()[-args.train_batch_size :]  # positions
     batch = collate([dataset[position] for position in longest.tolist()])
     print_step(console, f"\na step with the {len(longest)} longest clips", batch, model, args)
     console.print("nothing wrong found")

@@ -214,10 +214,12 @@ class DecodingOptions:
     confidence: bool = option(False, "rate each word and line, from 0 to 1", ours=True)
 
     def __post_init__(self):
-        for option in fields(self):
-            value, least = getattr(self, option.name), option.metadata.get("least", -np.inf)
+        for each in fields(self):
+            value, least = getattr(self, each.name), each.metadata.get("least", -np.inf)
             if not value >= least:
-                raise InputError(f"--{option.name} {value}: wanted {least} or more")
+                raise InputError(f"--{each.name} {value}: wanted {least} or more")
+        if not self.do_sample and (self.temperature, self.top_p, self.seed) != (1, 1, 0):
+            raise InputError("--temperature, --top_p, --seed: change nothing without --do_sample")
         if self.nbest > self.num_beams and not self.do_sample:
             raise InputError(f"--nbest {self.nbest}: wanted as many --num_beams, or --do_sample")
 
@@ -232,4 +234,4 @@ class Hypothesis:
     log_probability: float | None = None  # of the text and its end, given the audio
     confidence: float | None = None  # 0 to 1
     words: list[dict] | None = None  # {"word": str, "confidence": 0 to 1}
-    alternatives: list[dict] | None = None  # {"text": str, "log_probability": float}, the second best first
+    alternatives: list[dict] | None = None  # {"text": str, "log_probability": float}; of beams the second best first

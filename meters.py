@@ -1,24 +1,36 @@
 """Figures of training that --report_to logs beside the loss: speed, padding, token accuracy, memory."""
 
-import resource
 import sys
 import time
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from dataset import IGNORE
 
 
-class Meters:
-    """Counts the batches of this process; `figures` tells of those since it was last asked."""
+class Meters(TrainerCallback):
+    """Counts the batches of this process; `figures` tells of those since it was last asked.
+
+    The time is that of training: from one step to the next, without evaluations and saving.
+    """
 
     def __init__(self, durations: np.ndarray, world_size: int):
         self.durations, self.world_size = durations, world_size  # seconds, by the index of a record
         self.reset()
 
+    def start_clock(self, *args, **kwargs) -> None:
+        self.begin = time.perf_counter()
+
+    on_train_begin = on_evaluate = on_save = start_clock
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.elapsed += time.perf_counter() - self.begin
+        self.start_clock()
+
     def reset(self) -> None:
-        self.begin, self.seconds = time.perf_counter(), 0.0  # of audio
+        self.elapsed = self.seconds = 0.0  # of training; of audio
         self.positions = self.used_positions = 0  # of the LLM
         self.frames = self.used_frames = 0  # features, or samples, of the encoder
         self.tokens = self.right_tokens = 0  # trained ones; those that the model thinks likeliest
@@ -39,7 +51,7 @@ class Meters:
         """Audio seconds a second of all processes, which have equal shares; shares of this one; its peak memory."""
         figures = {
             "token_accuracy": round(int(self.right_tokens) / max(int(self.tokens), 1), 4),
-            "audio_seconds_a_second": round(self.seconds * self.world_size / (time.perf_counter() - self.begin), 2),
+            "audio_seconds_a_second": round(self.seconds * self.world_size / self.elapsed, 2),
             "llm_padding": round(1 - int(self.used_positions) / max(self.positions, 1), 4),
             "encoder_padding": round(1 - int(self.used_frames) / max(self.frames, 1), 4),
             "peak_memory_gb": round(peak_memory() / 1e9, 3),
@@ -52,5 +64,7 @@ def peak_memory() -> int:
     """Bytes: of this process's GPU, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

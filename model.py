@@ -37,12 +37,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
 from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt, set_chat_template
-from errors import UNGATHERED, BadUtterance, InputError, as_input_error, load_pretrained, nearest
+from errors import BadUtterance, InputError, as_input_error, load_pretrained, nearest
 from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records, option
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
-AUDIO_INPUTS = "input_features input_values feature_lengths audio_attention_mask speech_embeds".split()
+AUDIO_OF_BATCH = {"input_features", "input_values", "feature_lengths"}  # a batch of `collate` has two of them
+AUDIO_INPUTS = AUDIO_OF_BATCH | {"audio_attention_mask", "speech_embeds"}
 
 
 # Config
@@ -83,6 +84,7 @@ class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
     """The fields of config.json. Raises InputError for a field that does not exist, or a value that does not do."""
 
     model_type = "speech_llm"
+    PARTS = (("encoder_name_or_path", "encoder_revision"), ("llm_model_name_or_path", "llm_revision"))  # frozen
 
     encoder_size: int = 0  # D, filled in when the model is put together
     hidden_size: int = 0  # H
@@ -96,7 +98,7 @@ class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
         return {name: kind for part in classes for name, kind in inspect.get_annotations(part).items()}
 
     def __post_init__(self, **kwargs):
-        types = self.own_fields()  # name -> type
+        types = self.own_fields()
         for name in kwargs.keys() - {"model_type", "name_or_path", "_commit_hash"}:
             hint = nearest(name, list(types)) or f"; wanted one of {sorted(types)}"
             raise InputError(f"config: unknown field {name!r}{hint}")
@@ -206,10 +208,7 @@ def load_encoder(
         else:
             import encoders  # an option
 
-            if has_kind or encoders.read_config(name, revision).model_type != "whisper":
-                encoder = encoders.load(name, revision, layer, dtype)
-            else:
-                encoder = WhisperEncoder(*encoders.load_whisper_parts(name, revision, layer, dtype))
+            encoder = encoders.load(name, revision, layer, dtype, WhisperEncoder)
     return encoder.requires_grad_(False).eval()  # apply_freezing decides what of it is trained after all
 
 
@@ -298,14 +297,6 @@ def load_llm(config: SpeechLLMConfig, device=None) -> tuple[transformers.PreTrai
     return tokenizer, llm
 
 
-def make_contiguous(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """A forward pre-hook for the vocabulary projection, which gets a slice of positions from logits_to_keep.
-
-    PyTorch multiplies slices row by row, reading the whole matrix for each: half of a training step with a small LLM.
-    """
-    return tuple(tensor.contiguous() for tensor in inputs)
-
-
 # The model
 
 
@@ -323,6 +314,7 @@ class SpeechLLM(PreTrainedModel):
     def __init__(self, config: SpeechLLMConfig, encoder: nn.Module, projector: nn.Module, llm: nn.Module, tokenizer):
         super().__init__(copy.deepcopy(config))  # the caller's stays as it is
         self.llm, self.encoder, self.projector, self.tokenizer = llm, encoder, projector, tokenizer
+        self.feature_extractor = getattr(encoder, "feature_extractor", None)  # of transformers, for inputs.py
         text_config = llm.config.get_text_config()
         self.config.encoder_size, self.config.hidden_size = encoder.output_size, text_config.hidden_size
         self.max_length = text_config.max_position_embeddings  # LLM positions
@@ -339,7 +331,8 @@ class SpeechLLM(PreTrainedModel):
 
         set_chat_template(tokenizer, config.chat_template)
         self.set_stop_tokens()  # checks the prompt too
-        llm.get_output_embeddings().register_forward_pre_hook(make_contiguous)  # halves a step, see above
+        # PyTorch would multiply the slice that logits_to_keep takes row by row, reading the whole matrix for each.
+        llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if config.lora_r or config.encoder_lora_r or config.lora_target_modules:
             import lora  # an option
 
@@ -367,11 +360,11 @@ class SpeechLLM(PreTrainedModel):
 
     @classmethod
     def from_parts(
-        cls, encoder: str, llm: str, projector: str = "conv1d", device=None, dtype: str = "auto", **fields
+        cls, encoder: str, llm: str, projector: str = "conv1d", device=None, dtype: str = "auto", **others
     ) -> "SpeechLLM":
-        """An untrained model; `fields` are those of SpeechLLMConfig, `dtype` is that of the frozen weights."""
+        """An untrained model; the others are fields of SpeechLLMConfig, `dtype` is that of the frozen weights."""
         names = {"encoder_name_or_path": str(encoder), "llm_model_name_or_path": str(llm), "projector": projector}
-        return cls.from_config(cls.config_class(**names, frozen_dtype=dtype, **fields), device)
+        return cls.from_config(cls.config_class(**names, frozen_dtype=dtype, **others), device)
 
     @classmethod
     def from_pretrained(
@@ -389,10 +382,6 @@ class SpeechLLM(PreTrainedModel):
 
     # What the LLM reads
 
-    @property
-    def feature_extractor(self) -> transformers.FeatureExtractionMixin:
-        return self.encoder.feature_extractor
-
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
 
@@ -406,9 +395,7 @@ class SpeechLLM(PreTrainedModel):
             from sources import RecordList  # an option
 
             records = RecordList(records)
-        config = self.config
-        options |= {"prompt": config.prompt, "system_prompt": config.system_prompt, "pad_to_30s": config.pad_to_30s}
-        options |= {"boundary_tokens": config.audio_boundary_tokens}
+        options |= {n: getattr(self.config, n) for n in "prompt system_prompt pad_to_30s audio_boundary_tokens".split()}
         return SpeechDataset(records, self.tokenizer, self.encoder.extract, self.embedding_counts, **options)
 
     def set_stop_tokens(self) -> None:
@@ -435,6 +422,10 @@ class SpeechLLM(PreTrainedModel):
         frame_lengths = self.encoder.output_lengths(feature_lengths)  # (A,)
         speech_embeds = self.projector(frames, frame_lengths)  # (A, N, H)
         return speech_embeds[length_mask(self.projector.output_lengths(frame_lengths), speech_embeds.shape[1])]
+
+    def embed_batch(self, batch: dict) -> Tensor:
+        """Speech embeddings (sum of N, H) of a batch of `collate`."""
+        return self.embed_speech(**{name: batch[name].to(self.device) for name in AUDIO_OF_BATCH & batch.keys()})
 
     def splice(self, input_ids: Tensor, speech_embeds: Tensor) -> Tensor:
         """Embeddings (B, L, H) of input_ids (B, L), with the speech embeddings in the SPEECH positions, in order."""
@@ -484,17 +475,16 @@ class SpeechLLM(PreTrainedModel):
         trained tokens and divided by num_items_in_batch: those of the optimiser's step on all devices, or, if None, of
         this batch. `index` and `bad` come with a batch of `collate` and are not used here.
         """
-        inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
+        inputs = self.inputs_for_llm(input_ids, attention_mask, **audio) | {"use_cache": False}
         mask = inputs["attention_mask"]  # (B, L)
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left: text starts at position 0
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left: text starts at position 0
         if labels is None:
-            return CausalLMOutput(logits=self.llm(**inputs, position_ids=position_ids, use_cache=False).logits)
+            return CausalLMOutput(logits=self.llm(**inputs).logits)
         if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] > mask.shape[1]:
             raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
         labels = labels[:, -(mask.shape[1] - 1) :]  # K is at most L - 1: nothing predicts the first position
         # Position i predicts label i + 1: take the logits of the last K + 1 positions, without those of the very last.
-        options = {"position_ids": position_ids, "use_cache": False, "logits_to_keep": labels.shape[1] + 1}
-        logits = self.llm(**inputs, **options).logits[:, :-1].float()  # (B, K, V)
+        logits = self.llm(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()  # (B, K, V)
         options = {"reduction": "sum", "label_smoothing": self.label_smoothing if self.training else 0.0}
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, **options)
         num_tokens = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
@@ -511,7 +501,7 @@ class SpeechLLM(PreTrainedModel):
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
         `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
-        audio = {name: options.pop(name) for name in AUDIO_INPUTS if name in options}  # the rest is for transformers
+        audio = {name: options.pop(name) for name in AUDIO_INPUTS & options.keys()}  # the rest is for transformers
         if prompts is not None:
             import inputs  # an option
 
@@ -550,27 +540,29 @@ class SpeechLLM(PreTrainedModel):
         return self.make_dataset(records, on_bad="keep", with_targets=False, max_length=room)
 
     def decode(
-        self, dataset: SpeechDataset, positions=None, batch_size: int = 16, num_workers: int = 0, options=None, **fields
+        self, dataset: SpeechDataset, positions=None, batch_size: int = 16, num_workers: int = 0, options=None, **more
     ) -> Iterator[list[Hypothesis]]:
         """Yield the hypotheses of each batch, longest clips first, of the examples at `positions` (default: all).
 
-        The options are a DecodingOptions or, as keywords, its fields. What cannot be read has an empty hypothesis.
+        The options are a DecodingOptions, more of them its fields. What cannot be read has an empty hypothesis.
         """
-        options = replace(options or DecodingOptions(), **fields)
+        options = replace(options or DecodingOptions(), **more)
         positions = range(len(dataset)) if positions is None else positions  # of the dataset
-        order = sorted(positions, key=lambda position: -dataset.durations[dataset.indices[position]])
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        to_batch = partial(collate, with_targets=False)  # the ids end with the prompt
+        order = sorted(positions, key=lambda position: -dataset.seconds[position])
+        loading = {"collate_fn": partial(collate, with_targets=False), "num_workers": num_workers}
         with self.in_eval_mode():
-            for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=to_batch, num_workers=num_workers):
+            for batch in DataLoader(dataset, batch_size, sampler=order, **loading):
                 yield self.decode_batch(batch, dataset, options)
 
+    @torch.no_grad()
     def decode_batch(
         self, batch: dict, dataset: SpeechDataset, options: DecodingOptions, speech_embeds: Tensor | None = None
     ) -> list[Hypothesis]:
-        """The hypotheses of a batch of `collate` without targets; `speech_embeds` as in `inputs_for_llm`."""
+        """The hypotheses of a batch of `collate` without targets, whose `speech_embeds` may have been made before."""
+        speech_embeds = self.embed_batch(batch) if speech_embeds is None else speech_embeds  # (sum of N, H)
         inputs, nbest = self.tensors_of(batch) | {"speech_embeds": speech_embeds}, options.nbest
         bounds = 20 + options.max_tokens_per_second * torch.tensor(dataset.durations[batch["index"]])
+        bounds = bounds.minimum(self.max_length - batch["attention_mask"].sum(1))  # the LLM's positions
         limits = bounds.clamp(max=options.max_new_tokens).int().to(self.device)  # (B,) new tokens of each clip
         search = {o.name: getattr(options, o.name) for o in fields(options) if "ours" not in o.metadata}
         # Ids (rows, new) -> (rows,): a clip has as many rows as beams or samples, and ends at its own limit.
@@ -584,15 +576,15 @@ class SpeechLLM(PreTrainedModel):
         lengths = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1]).tolist()  # up to the first
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]  # behind the end there is padding
         texts = self.tokenizer.batch_decode(rows[::nbest], skip_special_tokens=True)  # of the best, (B,)
-        limits, scores, hypotheses = limits.tolist(), [{}] * len(texts), []
+        most, scores, hypotheses = limits.tolist(), [{}] * len(texts), []
         if options.confidence or nbest > 1:
             import confidence  # an option
 
-            scores = confidence.scores(self, options, inputs, ids, lengths, limits)
+            scores = confidence.scores(self, options, inputs, ids, lengths, most)
         for n, (index, bad, text) in enumerate(zip(batch["index"], batch["bad"], texts, strict=True)):
             no_end = None
-            if lengths[n * nbest] == limits[n]:
-                no_end = f"{dataset.records[index]['where']}: no end within {limits[n]} new tokens"
+            if lengths[n * nbest] == most[n]:
+                no_end = f"{dataset.records[index]['where']}: no end within {most[n]} new tokens"
             scored = Hypothesis(index, " ".join(text.split()), no_end, **scores[n])
             hypotheses.append(Hypothesis(index, "", bad) if bad else scored)
         return hypotheses
@@ -603,6 +595,8 @@ class SpeechLLM(PreTrainedModel):
         `keywords` are fields of DecodingOptions. What cannot be read has an empty transcript, and a warning says why.
         """
         options, clips = DecodingOptions(**keywords), audio if isinstance(audio, (list, tuple)) else [audio]
+        if options.nbest > 1 or options.confidence:
+            raise InputError("transcribe gives texts alone; wanted decode, for nbest and confidence")
         records = [{"wav": clip, "where": f"audio {number}"} for number, clip in enumerate(clips, 1)]
         batches = self.decode(self.decoding_dataset(records, options), None, batch_size, num_workers, options)
         hypotheses = sorted(sum(batches, []), key=lambda hypothesis: hypothesis.index)  # the longest come first
@@ -623,12 +617,16 @@ class SpeechLLM(PreTrainedModel):
             names.setdefault(parameter, []).append(name)
         all_names = sum(names.values(), [])  # for the messages
         for pattern in [*config.freeze_params, *exceptions]:
-            if pattern not in FROZEN and not matches(pattern, all_names):  # some encoder may have no parameters
+            try:
+                is_used = any(re.search(pattern, name) for name in all_names)
+            except re.error as error:
+                raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
+            if not is_used and pattern not in FROZEN:  # some encoder may have no parameters
                 examples = ", ".join(all_names[:: len(all_names) // 4])
                 raise InputError(f"freeze pattern {pattern!r} matches no parameter; there are {examples} ...")
         for parameter, its_names in names.items():
-            is_frozen = any(matches(pattern, its_names) for pattern in config.freeze_params)
-            is_exception = any(matches(pattern, its_names) for pattern in exceptions)
+            is_frozen = any(re.search(pattern, name) for pattern in config.freeze_params for name in its_names)
+            is_exception = any(re.search(pattern, name) for pattern in exceptions for name in its_names)
             parameter.requires_grad_((not is_frozen or is_exception) and parameter.is_floating_point())
         self.hold_trained_weights_in_fp32()
 
@@ -650,9 +648,9 @@ class SpeechLLM(PreTrainedModel):
     def set_trained(self, part: str, is_trained: bool) -> None:
         """Freeze or unfreeze all parameters of a part; what was trained till now is saved all the same."""
         self.ever_trained |= {name for name, p in self.named_parameters() if p.requires_grad}
-        modules = [self.boundary] if part == "projector" and self.config.audio_boundary_tokens else []
-        for module in [self.get_submodule(part), *modules]:
-            for parameter in module.parameters():
+        prefixes = ("projector.", "boundary.") if part == "projector" else f"{part}."
+        for name, parameter in self.named_parameters():
+            if name.startswith(prefixes):
                 parameter.requires_grad_(is_trained and parameter.is_floating_point())
         self.hold_trained_weights_in_fp32()
         self.train(self.training)  # modes follow what is trained
@@ -745,7 +743,7 @@ class SpeechLLM(PreTrainedModel):
         Weights of the encoder or the LLM may be among them: they were trained, are held in fp32, and are saved again.
         With `only`, the name of a part, tensors of other parts may be missing: they start new, and a warning says so.
         """
-        parameters, saved = dict(self.named_parameters()), self.parameters_to_save()  # by name
+        parameters, saved = dict(self.named_parameters()), self.parameters_to_save()
         try:
             with safe_open(path, "pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -777,20 +775,12 @@ class SpeechLLM(PreTrainedModel):
         return hub.push(write, self.config, saved, self.is_merged, repo_id, include_frozen, revision, **options)
 
 
-def matches(pattern: str, names: list[str]) -> bool:
-    """Whether a regular expression is found in one of the names. Raises InputError if it is none."""
-    try:
-        return any(re.search(pattern, name) for name in names)
-    except re.error as error:
-        raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
-
-
 def misfits(shapes: dict[str, tuple], wanted: dict[str, tuple]) -> str:
     """What is wrong with the tensors of a file, the first twelve."""
     wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
     texts = [f"{n} is {shapes.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong[:12]]
     texts += [f"and {len(wrong) - 12} more"] * (len(wrong) > 12)
-    return "; ".join([UNGATHERED] * any(0 in shapes.get(name, ()) for name in wrong) + texts)
+    return "; ".join(texts)
 
 
 @contextmanager
@@ -811,9 +801,6 @@ def new_files_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial_folder)  # after an error too
 
 
-REVISION_OF = {"encoder_name_or_path": "encoder_revision", "llm_model_name_or_path": "llm_revision"}
-
-
 def find_weights(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
     """The trained weights in a local folder, or in the one that a Hub name is downloaded to; a file is itself."""
     path = Path(name_or_path)
@@ -829,7 +816,7 @@ def find_weights(name_or_path: str | Path, revision: str | None = None, token: s
 def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides) -> SpeechLLMConfig:
     """The config of a checkpoint folder; `overrides` replace fields of it (a moved LLM's path, say)."""
     path = folder / "config.json"
-    if not path.is_file() and REVISION_OF.keys() <= overrides.keys():
+    if not path.is_file() and all(part in overrides for part, _ in config_class.PARTS):
         return config_class(**overrides)  # weights alone: the flags say what they belong to
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -839,7 +826,7 @@ def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides)
     except (OSError, ValueError, RecursionError) as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else str(error).removeprefix("config: ")
         raise InputError(f"{path}: {problem}; wanted a folder that train.py or save_pretrained wrote") from None
-    for part, revision in REVISION_OF.items():  # names of fields
+    for part, revision in config_class.PARTS:
         if part in overrides:  # another encoder or LLM than the checkpoint's, of another revision and origin
             values[revision] = None
             values["origin"] = {k: v for k, v in (values.get("origin") or {}).items() if k not in (part, revision)}
@@ -851,7 +838,7 @@ def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides)
 def with_lasting_names(config: SpeechLLMConfig) -> SpeechLLMConfig:
     """The config with absolute paths, and the commits that Hub names stand for today."""
     config = copy.deepcopy(config)
-    for part, revision_of_part in REVISION_OF.items():
+    for part, revision_of_part in config.PARTS:
         name, revision = getattr(config, part), getattr(config, revision_of_part)
         if Path(name).exists():
             if revision:

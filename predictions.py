@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import jiwer
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from dataset import SpeechDataset, collate
 from manifest import AUDIO, BOUNDARY, SPEECH, DecodingOptions, transcript_of
+from score import score
 
 if TYPE_CHECKING:
     from model import SpeechLLM
@@ -25,7 +26,7 @@ def prediction_text(tokenizer, example: dict, record: dict, hypothesis: str) -> 
     audio       <audio> → [25 embeddings]
     reference   hello world (3 tokens)
     hypothesis  hello word  (3 tokens)
-    errors            S     (WER 50.00 %)
+    errors            S     (WER 50.00%)
     """
     ids, reference = example["prompt_ids"], transcript_of(record) or ""
     pieces, audio, num_speech = [], [], 0
@@ -36,17 +37,18 @@ def prediction_text(tokenizer, example: dict, record: dict, hypothesis: str) -> 
             num_speech += len(tokens)
         pieces.append(audio[-1] if kind == SPEECH else BOUNDARY_NAMES.get(kind) or tokenizer.decode(tokens))
     text = "".join(AUDIO if piece in audio else piece for piece in pieces)
-    alignment = jiwer.process_words(reference, hypothesis)
+    result = score([reference], [hypothesis])  # in words, or characters
+    alignment = result.alignments[0]
     lines = jiwer.visualize_alignment(alignment, show_measures=False, skip_correct=False).splitlines()
     aligned = {line[:4]: line[5:] for line in lines}  # "REF: ...", "HYP: ...", and the marks of errors below
-    marks = lines[-1][5:].rstrip() if alignment.wer else ""
+    marks = lines[-1][5:].rstrip() if result.all.errors else ""
     rows = {
         "input": f"{''.join(pieces)} ({len(ids)} positions)",
         "prompt": f"{text} ({len(ids) - num_speech} tokens)",
         "audio": "; ".join(audio),
-        "reference": f"{aligned['REF:']} ({len(example['target_ids'])} tokens)",
+        "reference": f"{aligned['REF:']} ({max(len(example['target_ids']) - 1, 0)} tokens)",  # without the end
         "hypothesis": f"{aligned['HYP:']} ({len(tokenizer(hypothesis, add_special_tokens=False).input_ids)} tokens)",
-        "errors": f"{marks} (WER {alignment.wer:.2%})",
+        "errors": f"{marks} ({result.metric.upper()} {result.all.rate:.2%})",
     }
     shown = "\n".join(f"  {name:<11} {value}".replace("\n", "↵") for name, value in rows.items())
     return f"{record['where']}\n{shown}"
@@ -58,8 +60,9 @@ class PredictionLog(TrainerCallback):
     They are printed, and go to TensorBoard as text if --report_to asks for it.
     """
 
-    def __init__(self, dataset: SpeechDataset, count: int, every: int, callbacks: list[TrainerCallback]):
-        self.dataset, self.count, self.every, self.callbacks = dataset, count, every, callbacks
+    def __init__(self, trainer: Trainer, count: int, every: int):
+        self.dataset, self.count, self.every = trainer.train_dataset, count, every
+        self.callbacks = trainer.callback_handler.callbacks  # TensorBoard's may be among them
 
     def on_step_end(self, args, state, control, model: "SpeechLLM", **kwargs) -> None:
         if state.global_step % self.every:

@@ -86,7 +86,7 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     """Decode a manifest into a result file, on one process or on a share each of several, and score it."""
     from dataset import open_records
 
-    records = open_records(args.data_path, needs_text=False)  # wrong input is told before the model is loaded
+    records = open_records(args.data_path, needs_text=False)  # wrong input is reported before the model is loaded
     rank, num_processes, wait_for_all = 0, int(os.environ.get("WORLD_SIZE", 1)), lambda: None
     if num_processes > 1:
         import distributed  # an option
@@ -99,6 +99,8 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     wait_for_all()  # all have read before anyone writes
     if rank == 0 and finished:
         print(f"going on: {len(finished):,} of {len(records):,} utterances were decoded before", file=sys.stderr)
+    elif rank == 0 and (others := unfinished_files(args.result_path, "*")):
+        print(f"starting over: {others[0]} is of another model, manifest or setting, and stays there", file=sys.stderr)
 
     todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
     share = todo[rank::num_processes]  # long and short ones for every process
@@ -106,7 +108,9 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     bar = tqdm(total=len(share), unit="utt", disable=rank > 0)
     with open_unfinished(args.result_path, key, rank) as file, bar:
         for hypotheses in model.decode(dataset, share, args.batch_size, args.num_workers, options):
-            append(file, hypotheses)  # safe on the disk from here
+            file.write("".join(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in hypotheses).encode())
+            file.flush()
+            os.fsync(file.fileno())  # safe on the disk from here
             audio_seconds += sum(dataset.durations[hypothesis.index] for hypothesis in hypotheses)
             bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
             bar.update(len(hypotheses))
@@ -114,6 +118,8 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     if rank == 0:
         finished = read_unfinished(args.result_path, key)  # those of all processes
         write_result(args.result_path, records, finished)
+        for path in unfinished_files(args.result_path, key):
+            path.unlink()
         print_problems_and_score(records, dataset.durations, finished)
         if (model.config.training or {}).get("chosen on") == records.fingerprint():
             print("the checkpoint was chosen on this very manifest: on other speech, expect more errors")
@@ -133,8 +139,8 @@ def print_problems_and_score(records: Records, durations: Sequence[float], hypot
 
 # The unfinished result
 #
-# result.txt.partial-RANK beside the result file holds what a process has finished: JSON lines, of which the first is a
-# key of all that decides a hypothesis. So any number of processes can go on after a kill, and nothing is mixed.
+# result.txt.KEY.partial-RANK beside the result file holds what a process has finished, as JSON lines. The key is of all
+# that decides a hypothesis. So any number of processes can go on after a kill, and nothing is mixed.
 
 
 def key_of_result(model: "SpeechLLM", records: Records, options: DecodingOptions) -> str:
@@ -143,7 +149,7 @@ def key_of_result(model: "SpeechLLM", records: Records, options: DecodingOptions
     digest = sha256(json.dumps([config, records.fingerprint(), asdict(options)], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -172,40 +178,23 @@ def only_writer_of(result_path: str) -> Iterator[None]:
                 os.unlink(file.name)
 
 
-def unfinished_files(result_path: str) -> list[Path]:
-    return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.partial-*"))
+def unfinished_files(result_path: str, key: str) -> list[Path]:
+    return sorted(Path(result_path).parent.glob(f"{escape(Path(result_path).name)}.{key}.partial-*"))
 
 
 def read_unfinished(result_path: str, key: str) -> dict[int, Hypothesis]:
-    """Finished hypotheses by index, of the files with this key; the others are of no use."""
-    finished = {}
-    for path in unfinished_files(result_path):
-        head, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]  # a line without its end was torn by the kill
-        if head == json.dumps(key).encode():  # the same model, records and options
-            finished |= {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
-    return finished
+    """Finished hypotheses by index, of all processes."""
+    files = [path.read_bytes() for path in unfinished_files(result_path, key)]
+    lines = [line for content in files for line in content.split(b"\n")[:-1]]  # one without its end was torn by a kill
+    return {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
 
 
 def open_unfinished(result_path: str, key: str, rank: int) -> BinaryIO:
     """This process's file, open for writing behind its last whole line."""
-    file, head = open(f"{result_path}.partial-{rank}", "a+b"), json.dumps(key).encode() + b"\n"  # noqa: SIM115
+    file = open(f"{result_path}.{key}.partial-{rank}", "a+b")  # noqa: SIM115
     file.seek(0)
-    content = file.read()
-    if content.startswith(head):
-        file.truncate(content.rfind(b"\n") + 1)  # cuts a torn line off
-        return file
-    if content:
-        print("starting over: an unfinished result of another model, manifest or setting is there", file=sys.stderr)
-    file.truncate(0)
-    file.write(head)
+    file.truncate(file.read().rfind(b"\n") + 1)  # cuts a torn line off
     return file
-
-
-def append(file: BinaryIO, hypotheses: list[Hypothesis]) -> None:
-    """Put hypotheses on the disk, whatever happens next."""
-    file.write("".join(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in hypotheses).encode())
-    file.flush()
-    os.fsync(file.fileno())  # not only to the operating system
 
 
 def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypothesis]) -> None:
@@ -217,8 +206,6 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
             row = {"key": key_of(record), "wav": record.get("wav"), "txt": transcript_of(record), "pred": text} | row
             file.write((json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else text) + "\n")
     os.replace(f"{result_path}.whole", result_path)  # in one step
-    for path in unfinished_files(result_path):
-        path.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:

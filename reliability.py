@@ -42,8 +42,8 @@ class Reliability:
         for row in self.bins:
             edges = f"{row.low:.1f} to {row.high:.1f}"
             lines.append(f"  {edges:10}  {row.num_words:>8,}  {row.confidence:5.3f}  {row.accuracy:8.3f}")
-        told = f"  {self.num_left_out:,} lines are not in it: their words do not spell the hypothesis"
-        return lines + [told] * bool(self.num_left_out)
+        note = f"  {self.num_left_out:,} lines are not in it: their words do not spell the hypothesis"
+        return lines + [note] * bool(self.num_left_out)
 
 
 def reliability(

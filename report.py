@@ -6,7 +6,6 @@ Each further flag is an idea in a file of its own: comparison.py, groups.py, con
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
@@ -105,15 +104,15 @@ def report(argv: Sequence[str] | None, score: Callable, metrics: dict[str, Calla
         figures, lines = compared(args, *systems)
     else:
         normalize, tokens_of = normalizers[args.normalizer](), metrics[systems[0].result.metric]
-        sections = sections_of(args, systems[0], lambda text: tokens_of(normalize(text)))
+        unit = tokens_of.__name__  # words, or characters
+        sections = sections_of(args, systems[0], lambda text: tokens_of(normalize(text)), unit)
         figures = as_dict(systems[0]) | {section.name: section.figures for section in sections}
         lines = as_lines(systems[0], tokens_of.__doc__) + [line for section in sections for line in section.lines]
         if args.html:
             import html_report  # an option
 
-            html_report.write(args.html, lines, systems[0].result, systems[0].rows)
+            html_report.write(args.html, lines, systems[0].result, systems[0].rows, unit)
         lines += remarks(systems[0])
-    sys.stdout.reconfigure(errors="backslashreplace")  # where a text cannot be shown, the numbers still can
     print(json.dumps(figures) if args.json else "\n".join(lines))
 
 
@@ -121,9 +120,7 @@ def intervals_of(result: "Score", speakers: list | None, num_resamples: int) -> 
     """Intervals of both rates over utterances and, where the manifest names them, over speakers."""
     kept = [index for index in range(len(result.lines)) if index not in result.hallucinated]
     intervals = {}
-    for name, units in {"utterances": None, "speakers": speakers}.items():
-        if name == "speakers" and not speakers:
-            continue
+    for name, units in {"utterances": None, **({"speakers": speakers} if speakers else {})}.items():
         of_all = of_kept = rate_interval(result.lines, num_resamples, units)
         if len(kept) < len(result.lines):
             units_kept = units and [units[index] for index in kept]
@@ -133,7 +130,9 @@ def intervals_of(result: "Score", speakers: list | None, num_resamples: int) -> 
     return intervals
 
 
-def sections_of(args: argparse.Namespace, system: System, tokens_of: Callable[[str], list[str]]) -> list[Section]:
+def sections_of(
+    args: argparse.Namespace, system: System, tokens_of: Callable[[str], list[str]], unit: str
+) -> list[Section]:
     """Clips without speech and confidences, where there are such; groups and confusions, where asked for."""
     rows, result, sections = system.rows, system.result, []
     if not all(map(str.strip, rows.references)):
@@ -149,7 +148,7 @@ def sections_of(args: argparse.Namespace, system: System, tokens_of: Callable[[s
         names = map(groups.duration_bin, rows.durations) if is_duration else map(groups.name_of, rows.values[key])
         table, num_left_out = groups.groups(list(names), result.lines, args.num_resamples)
         figures = [asdict(group) | {"rate": group.rate} for group in table]
-        sections.append(Section(f"by_{key}", figures, groups.as_lines(key, table, num_left_out, result.metric)))
+        sections.append(Section(f"by_{key}", figures, groups.as_lines(key, table, num_left_out, result.metric, unit)))
     if args.confusions:
         from confusions import confusions  # an option
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -50,13 +51,16 @@ def refuse_code(checkpoint: Path) -> None:
                 others = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - DATA_CLASSES
             if others:
                 raise InputError(f"{path}: names {', '.join(sorted(others))}, which could run; wanted data alone")
+    latest = checkpoint / "latest"  # in which DeepSpeed looks up the folder of its files
+    if latest.is_file() and not re.fullmatch(r"global_step\d+\s*", latest.read_text(errors="replace")):
+        raise InputError(f"{latest}: names another folder; wanted global_step and a number")
 
 
 def step_of(checkpoint: str | Path) -> int | None:
     """The step after which a checkpoint was saved; None if it is not complete."""
     try:
-        return json.loads(Path(checkpoint, "trainer_state.json").read_bytes())["global_step"]
-    except (OSError, ValueError):  # no such file, or torn
+        return int(json.loads(Path(checkpoint, "trainer_state.json").read_bytes())["global_step"])
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, torn, or something else
         return None
 
 

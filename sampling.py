@@ -60,5 +60,7 @@ class Draw(LogitsProcessor):
         step = input_ids.shape[1]  # tokens so far: a prompt of embeddings has none
         sums = scores.float().softmax(dim=1).cumsum(dim=1)  # (rows, V)
         random = self.randoms[:, step, None].to(sums.device) * sums[:, -1:]  # the last sum is 1 but for rounding
-        token = torch.searchsorted(sums, random, right=True).clamp(max=scores.shape[1] - 1)  # (rows, 1)
+        likely = (scores > -torch.inf).long()  # rounding must not lead to a token that top_p took away
+        last = likely.shape[1] - 1 - likely.flip(1).argmax(dim=1, keepdim=True)  # (rows, 1) the last that is left
+        token = torch.searchsorted(sums, random, right=True).minimum(last)  # (rows, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

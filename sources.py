@@ -56,7 +56,7 @@ def nemo(place: str, needs_text: bool) -> Records:
     path, records = Path(place), []
     if not path.is_file():
         raise InputError(f"nemo:{place}: no such file; wanted JSON lines with 'audio_filepath' and 'text'")
-    for number, line in enumerate(path.read_bytes().strip().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
         where = f"{place}:{number}"
         try:
             row = json.loads(line.decode())
@@ -64,10 +64,8 @@ def nemo(place: str, needs_text: bool) -> Records:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{where}: {error!r}; wanted a JSON object with 'audio_filepath'") from None
         names = {"text": "txt", "duration": "duration", "offset": "start"}
-        record |= {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
+        record |= {ours: row[theirs] for theirs, ours in names.items() if row.get(theirs) is not None}
         check_record(record, where, needs_text)
-        if "start" in record and "duration" in record:
-            record["end"] = record["start"] + record["duration"]
         records.append(record | {"where": where, "folder": path.parent})
     return RecordList(records)
 
@@ -106,8 +104,8 @@ def read_table(path: Path) -> dict[str, tuple[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; wanted a Kaldi data folder with wav.scp and text")
     rows = {}
-    for number, line in enumerate(text_of(path).strip().split("\n"), 1):
-        key, _, rest = line.strip().partition(" ")
+    for number, line in enumerate(text_of(path).rstrip().split("\n"), 1):
+        key, rest = (*line.split(maxsplit=1), "", "")[:2]  # spaces or tabs between them; some have no text
         if key in rows:
             raise InputError(f"{path}:{number}: {key!r} stands in line {rows[key][0].rpartition(':')[2]} too")
         rows[key] = f"{path}:{number}", rest.strip()

@@ -16,10 +16,9 @@ import subprocess
 import sys
 import time
 import warnings
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,11 +36,11 @@ from model import ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, optio
 
 # Arguments
 
-ROOT = Path(__file__).parent
 OTHER_NAMES = {"whisper_model_name_or_path": "encoder_name_or_path", "dtype": "frozen_dtype"}
 OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-LEAST |= {"learning_rate": 0, "dataloader_num_workers": 0, "seed": 0}  # of numbers that transformers does not check
+LEAST |= {"learning_rate": 0, "dataloader_num_workers": 0, "seed": 0, "log_predictions": 0, "log_predictions_steps": 1}
+LEAST |= {"overfit": 0, "check": 0}  # of numbers that nobody else checks
 
 
 @dataclass
@@ -50,9 +49,7 @@ class DataArguments:
     eval_data_path: str | None = option(None, "manifest for --eval_strategy: loss and WER")
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")
-    on_bad_audio: Literal["error", "skip"] = option(
-        "error", "what cannot be read or does not fit: stop, or skip, counted"
-    )
+    on_bad_audio: Literal["error", "skip"] = option("error", "what cannot be read or does not fit: stop, or skip it")
     augment: list[str] = option([], "names in augment.py, applied in this order")
     projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
     save_best_by: str | None = option(None, "wer, cer, loss: keep the --save_total_limit best checkpoints and the last")
@@ -69,7 +66,6 @@ class TrainArguments(TrainingArguments):
 
     train_sampling_strategy: str = option("group_by_length", "group_by_length = similar lengths in a batch; random")
     report_to: str = option("auto", "tensorboard, wandb ... or none; auto = TensorBoard where it is installed")
-    remove_unused_columns: bool = False  # utterances have none
     ddp_find_unused_parameters: bool = False
 
     def __post_init__(self):
@@ -77,7 +73,7 @@ class TrainArguments(TrainingArguments):
             self.greater_is_better = False  # transformers thinks so of losses alone
         if self.report_to == "auto":
             self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
-        self.remove_unused_columns = False  # also where a YAML file says otherwise
+        self.remove_unused_columns = False  # utterances have none
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # or --bf16 is refused without a GPU
         super().__post_init__()
 
@@ -87,19 +83,16 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
     about = {"usage": "train.py [CONFIG.yaml] [--flag value ...] [--help]", "allow_abbrev": False}
     about["epilog"] = f"Other names: {', '.join(f'--{other} (--{name})' for other, name in OTHER_NAMES.items())}"
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), **about)
-    for action in list(parser._actions):
+    for action in parser._actions:
         action.nargs = "*" if action.nargs == "+" else action.nargs  # --freeze_params without any: nothing is frozen
-        for other in [other for other, name in OTHER_NAMES.items() if name == action.dest]:
-            same = {"type": action.type, "nargs": action.nargs, "const": action.const, "choices": action.choices}
-            names = f"--{other}", f"--{other.replace('_', '-')}"
-            parser.add_argument(*names, dest=action.dest, default=SUPPRESS, help=SUPPRESS, **same)
-    flags = sorted(name for action in parser._actions for name in action.option_strings)
-    if argv and argv[0] == "--config":
-        argv = argv[1:]  # train.py --config FILE.yaml, as other trainers have it
-    if argv and argv[0].endswith((".yaml", ".yml")):
+    actions = parser._option_string_actions  # flag -> what argparse does with it
+    for other, name in OTHER_NAMES.items():
+        actions[f"--{other}"] = actions[f"--{other.replace('_', '-')}"] = actions[f"--{name}"]
+    flags = sorted(actions)
+    if argv and (argv[0] == "--config" or argv[0].endswith((".yaml", ".yml"))):
         import config_file  # an option
 
-        argv = [*config_file.flags_of_file(argv[0], flags), *argv[1:]]  # of two values the later wins
+        argv = config_file.with_flags_of_file(argv, flags)
     try:
         model, data, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, OSError, ImportError, ArgumentTypeError) as error:
@@ -117,9 +110,9 @@ def check(data: DataArguments, args: TrainArguments) -> None:
     if args.deepspeed and "WORLD_SIZE" not in os.environ:
         cure = "start it with torchrun --standalone --nproc_per_node=1 train.py ..., or leave --deepspeed out"
         raise InputError(f"--deepspeed {args.deepspeed}: this is one process on its own; {cure}")
-    for name, least in LEAST.items():
-        if not getattr(args, name) >= least:  # nor NaN
-            raise InputError(f"--{name} {getattr(args, name)}: wanted {least} or more")
+    for name, value in (vars(args) | vars(data)).items():
+        if name in LEAST and not value >= LEAST[name]:  # nor NaN
+            raise InputError(f"--{name} {value}: wanted {LEAST[name]} or more")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise InputError(f"--num_train_epochs {args.num_train_epochs}: wanted more than 0, or --max_steps")
     if args.n_gpu > 1:
@@ -127,9 +120,6 @@ def check(data: DataArguments, args: TrainArguments) -> None:
         raise InputError(f"one process sees {args.n_gpu} GPUs; start it with {cure}")
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         raise InputError(f"--output_dir {args.output_dir}: a file is there; wanted a folder, or a name for a new one")
-    names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-    if any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
-        raise InputError("use_reentrant true: no gradient would reach LoRA on the encoder; wanted false, the default")
     if args.eval_strategy != "no" and not (data.eval_data_path or data.select_on or data.overfit):
         raise InputError(f"--eval_strategy {args.eval_strategy.value} wants a manifest; give --eval_data_path")
     if data.select_on and args.eval_strategy == "no":
@@ -146,15 +136,13 @@ def check(data: DataArguments, args: TrainArguments) -> None:
 class LengthSampler(torch.utils.data.Sampler):
     """(epoch, position) in a random order in which each run of `batch_size` has similar lengths.
 
-    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again; without
-    `by_length` they are only shuffled. The last batch is filled up with positions that come twice, or dropped: any
-    number of processes sees the same batches. The order depends on seed and epoch alone, also in a resumed run.
+    Shuffled positions are sorted by length within groups of 50 batches, and the batches shuffled again. The last batch
+    is filled up with positions that come twice, or dropped: any number of processes sees the same batches. The order
+    depends on seed and epoch alone, also in a resumed run.
     """
 
-    def __init__(
-        self, lengths: np.ndarray, batch_size: int, seed: int, epoch=lambda: 0, by_length=True, drop_last=False
-    ):
-        self.lengths, self.batch_size, self.by_length = lengths, batch_size, by_length  # seconds; clips of a step
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, epoch=lambda: 0, drop_last=False):
+        self.lengths, self.batch_size = lengths, batch_size  # seconds; clips of a step
         self.seed, self.epoch, count = seed, epoch, len(lengths)
         self.num_batches = count // batch_size if drop_last else -(-count // batch_size)
         if drop_last and not self.num_batches:
@@ -170,10 +158,9 @@ class LengthSampler(torch.utils.data.Sampler):
         epoch, size = self.epoch(), self.batch_size
         random = np.random.default_rng([self.seed, epoch])  # another order every epoch
         order = np.resize(random.permutation(len(self.lengths)), len(self))  # wraps around to fill the last batch
-        if self.by_length:
-            groups = np.split(order, range(50 * size, len(order), 50 * size))  # of 50 batches
-            order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
-            order = random.permutation(order.reshape(-1, size)).ravel()  # whole batches change places
+        groups = np.split(order, range(50 * size, len(order), 50 * size))  # of 50 batches
+        order = np.concatenate([group[np.argsort(self.lengths[group], kind="stable")] for group in groups])
+        order = random.permutation(order.reshape(-1, size)).ravel()  # whole batches change places
         return ((epoch, position) for position in order.tolist())
 
 
@@ -200,9 +187,8 @@ class SpeechTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         # The order is the same for any number of processes and accumulation steps with the same total batch.
         total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # clips a step
-        durations, epoch = dataset.durations[dataset.indices], lambda: self.epoch
-        by_length = args.train_sampling_strategy == "group_by_length"
-        return LengthSampler(durations, total, seed, epoch, by_length, args.dataloader_drop_last)
+        lengths = dataset.seconds if args.train_sampling_strategy == "group_by_length" else np.zeros(len(dataset))
+        return LengthSampler(lengths, total, seed, lambda: self.epoch, args.dataloader_drop_last)
 
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         """Nothing if a run that has ended is started again: Trainer would take one step before it counts them."""
@@ -231,6 +217,7 @@ class SpeechTrainer(Trainer):
         super().log(logs | (self.meters.figures() if self.meters and "loss" in logs else {}), *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        self.model.config.training["steps"] = self.state.global_step  # config.json tells how far it was trained
         wanted = "room on the disk; earlier checkpoints are whole, and the same command goes on from the last"
         with as_input_error(self.args.output_dir, f"save step {self.state.global_step}", wanted):
             super()._save_checkpoint(*args, **kwargs)
@@ -250,7 +237,6 @@ class SpeechTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = output_dir or self.args.output_dir
-        self.model.config.training["steps"] = self.state.global_step  # config.json tells how far it was trained
         skipped, state = self.on_all_processes(self.skipped), None
         if self.is_deepspeed_enabled:
             import zero3  # an option
@@ -267,11 +253,11 @@ class SpeechTrainer(Trainer):
         from evaluate import evaluate  # an option
 
         dataset = eval_dataset or self.eval_dataset
-        evaluation = evaluate(self.model, dataset, self.args, self.eval_metric)
-        self.skipped |= evaluation.skipped  # told at the end of the run
         kind = "evaluation" if metric_key_prefix == "eval" else metric_key_prefix
-        self.model.config.training |= {f"{kind} {name}": round(v, 4) for name, v in evaluation.metrics.items()}
-        self.model.config.training[f"{kind} 95 % interval"] = str(evaluation.interval)
+        evaluation = evaluate(self.model, dataset, self.args, self.eval_metric, kind)
+        self.skipped |= evaluation.skipped  # reported at the end of the run
+        facts = evaluation.facts() | {"after steps": self.state.global_step}
+        self.model.config.training |= {f"{kind} {name}": value for name, value in facts.items()}
         if self.predictions:
             self.predictions.show(kind, dataset, evaluation.hypotheses, self.state)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
@@ -311,47 +297,39 @@ class ShowLoss(ProgressCallback):
 # What is written down: settings, parts, the experiment
 
 # Settings that decide the weights, beside those of the model. A run that goes on must not change them: resume.py.
-DECISIVE_DATA = "model_max_length max_seconds on_bad_audio augment projector_model_path".split()
-DECISIVE = """seed data_seed learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim
-    optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size
-    gradient_accumulation_steps world_size train_sampling_strategy label_smoothing_factor bf16 fp16
-    dataloader_drop_last neftune_noise_alpha average_tokens_across_devices""".split()
+DECISIVE = """model_max_length max_seconds on_bad_audio augment projector_model_path seed data_seed learning_rate
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args lr_scheduler_type lr_scheduler_kwargs
+    warmup_steps num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 fp16
+    train_sampling_strategy dataloader_drop_last label_smoothing_factor neftune_noise_alpha
+    average_tokens_across_devices""".split()
 
 
 def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, records: Records) -> dict:
     """What decides the course of a training run, as train_settings.json holds it."""
-    names = [f.name for f in fields(ModelArguments)]
-    groups = ((config, names), (data, DECISIVE_DATA), (args, DECISIVE))  # whose attributes, and which
-    settings = {name: getattr(group, name) for group, group_names in groups for name in group_names}
-    settings |= {"deepspeed": bool(args.deepspeed), "num_records": len(records), "records": records.fingerprint()}
+    values = vars(args) | vars(data) | vars(config)
+    settings = {name: values[name] for name in [f.name for f in fields(ModelArguments)] + DECISIVE}
+    settings |= {"deepspeed": bool(args.deepspeed), "world_size": args.world_size}
+    settings |= {"num_records": len(records), "records": records.fingerprint()}
     return json.loads(json.dumps(settings))  # as they come back from the file
 
 
-def record_start(
-    argv: list[str], event: str, model: SpeechLLM, args: TrainArguments, datasets: dict[str, SpeechDataset]
-) -> None:
+def record_start(argv: list[str], event: str, model: SpeechLLM, args: TrainArguments, facts: dict) -> None:
     """Append to experiment.md what it takes to repeat this run: command, code, data, parts."""
     config, rows = model.config, {"command": f"`{shlex.join(['train.py', *argv])}`", "commit": "unknown"}
     if shutil.which("git"):  # the commit of this code; -dirty: with changes that are not committed
-        git = subprocess.run(
-            "git describe --always --dirty --abbrev=40".split(), cwd=ROOT, capture_output=True, text=True
-        )
-        rows["commit"] = git.stdout.strip() or "no git checkout"
+        git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"
+        rows["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no git checkout"
     rows["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))
     rows["device"] = f"{args.world_size} x {torch.cuda.get_device_name() if args.device.type == 'cuda' else 'CPU'}"
-    for use, dataset in datasets.items():
-        hours = dataset.durations[dataset.indices].sum() / 3600
-        rows[use] = f"{len(dataset):,} utterances, {hours:.2f} hours, fingerprint {dataset.records.fingerprint()}"
     rows["encoder"] = f"{config.encoder_name_or_path}, revision {config.encoder_revision}"
     rows["LLM"] = f"{config.llm_model_name_or_path}, revision {config.llm_revision}"
-    append_record(args.output_dir, event, rows, describe(model))
+    append_record(args.output_dir, event, rows | facts, describe(model))
 
 
 def append_record(folder: str, event: str, rows: dict, text: str = "") -> None:
     """Append a table to experiment.md: a killed run, and the one that goes on from it, both stay there."""
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, "experiment.md"), "a", encoding="utf-8") as file:
         file.write(f"## {now}: {event}\n\n| | |\n|---|---|\n{table}\n{text}\n\n")
 
@@ -377,49 +355,47 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config, data, args = parse(argv)
     set_seed(args.seed)  # the new weights of the projector
-    records = open_records(data.data_path)  # wrong input is told before the model is loaded
-    eval_path = data.select_on or data.eval_data_path
-    eval_records = open_records(eval_path) if eval_path else None
-    test_records = open_records(data.eval_data_path) if data.select_on and data.eval_data_path else None
+    sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
+    sources["tested on"] = data.eval_data_path if data.select_on else None
+    # Wrong input is reported before the model is loaded.
+    records = {use: open_records(source) for use, source in sources.items() if source}
     if data.overfit:
         import overfit  # an option
 
-        records = eval_records = overfit.prepare(records, data.overfit, args)
-    settings = settings_of(config, data, args, records)
+        records["trained on"] = records["evaluated on"] = overfit.prepare(records, data, args)
+    settings = settings_of(config, data, args, records["trained on"])
     checkpoint, differences = None, []
     if args.resume_from_checkpoint or list(Path(args.output_dir).glob("checkpoint-[0-9]*")):
         import resume  # an option
 
         checkpoint = resume.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
-        differences = resume.compare_settings(checkpoint, settings, records)
+        differences = resume.compare_settings(checkpoint, settings, records["trained on"])
         before = load_config(Path(checkpoint))  # knows the commits of the parts, and an evaluation
         for name in ("encoder_revision", "llm_revision", "training"):
             setattr(config, name, getattr(before, name))
     model = load_model(config, data, args)
 
-    limits = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
-    make_dataset = partial(model.make_dataset, on_bad=data.on_bad_audio, **limits)
-    augment = None
+    options = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
+    options |= {"on_bad": data.on_bad_audio, "seed": args.seed}
+    datasets = {use: model.make_dataset(part, **options) for use, part in records.items()}
     if data.augment:
         from augment import Chain  # an option
 
-        augment = Chain(data.augment)
-    dataset = make_dataset(records, augment=augment, seed=args.seed)
-    eval_dataset = make_dataset(eval_records) if eval_records else None
-    test_dataset = make_dataset(test_records) if test_records else None
-    datasets = {"trained on": dataset, "evaluated on": eval_dataset, "tested on": test_dataset}
-    hours = round(float(dataset.durations[dataset.indices].sum()) / 3600, 2)
-    facts = {"data": data.data_path, "utterances": len(dataset), "hours": hours}  # for config.json
-    if data.save_best_by or args.load_best_model_at_end:
-        facts["chosen on"] = eval_records.fingerprint()  # an error rate on these is no test
+        datasets["trained on"].augment = Chain(data.augment)
+    facts = {}  # for config.json and experiment.md
+    for use, part in datasets.items():
+        size = f"{len(part):,} utterances, {part.seconds.sum() / 3600:.2f} hours"
+        facts[use] = f"{sources[use] or data.data_path}: {size}, fingerprint {part.records.fingerprint()}"
+    if (data.save_best_by or args.load_best_model_at_end) and args.eval_strategy != "no":
+        facts["chosen on"] = records["evaluated on"].fingerprint()  # an error rate on these is no test
     model.config.training = (model.config.training or {}) | facts
 
     trainer = make_trainer(model, data, args, settings, datasets)
     if data.check:
         import inspect_batch  # an option
 
-        return inspect_batch.show(trainer.get_train_dataloader(), dataset, model, args, data.check)
+        return inspect_batch.show(trainer, data.check)
     sigterm = SaveOnSigterm(trainer.accelerator)
     trainer.add_callback(sigterm)
     if checkpoint:
@@ -428,18 +404,23 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(model))
         if checkpoint:
             print(f"going on from {checkpoint}", *differences, sep="\n  ")
-        event = f"goes on from {checkpoint}" if checkpoint else "starts"
-        record_start(argv, event, model, args, {use: part for use, part in datasets.items() if part})
+        record_start(argv, f"goes on from {checkpoint}" if checkpoint else "starts", model, args, facts)
     trainer.train(resume_from_checkpoint=checkpoint)  # None = from the start
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no step comes any more that could heed it
     if sigterm.was_sent:
         raise InputError(f"SIGTERM: step {trainer.state.global_step} is saved; the same command goes on from it")
 
-    if test_dataset or (eval_dataset and args.eval_strategy == "no"):
+    if best := args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        model.config.training = load_config(Path(best)).training  # of the weights that are there now
+    else:
+        model.config.training["steps"] = trainer.state.global_step
+        model.config.training.pop("chosen on", None)  # the last weights were not chosen
+    if "tested on" in datasets or ("evaluated on" in datasets and args.eval_strategy == "no"):
         trainer.save_model(_internal_call=True)  # first, because the evaluation may raise
-        trainer.evaluate(test_dataset, metric_key_prefix="test" if test_dataset else "eval")
+        trainer.evaluate(datasets.get("tested on"), metric_key_prefix="test" if "tested on" in datasets else "eval")
     if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
         raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
-    trainer.skipped |= {reason for part in datasets.values() if part for reason in part.bad.values()}
+    trainer.skipped |= {reason for part in datasets.values() for reason in part.bad.values()}
     trainer.save_model()  # into output_dir itself
     trainer.save_state()  # with the log of all steps and evaluations, for tools/plot.py
     skipped = sorted(trainer.on_all_processes(trainer.skipped))
@@ -469,7 +450,7 @@ def make_trainer(
     model: SpeechLLM, data: DataArguments, args: TrainArguments, settings: dict, datasets: dict[str, SpeechDataset]
 ) -> SpeechTrainer:
     """The trainer, with what the flags add to it."""
-    dataset, eval_dataset = datasets["trained on"], datasets["evaluated on"]  # the latter may be None
+    dataset, eval_dataset = datasets["trained on"], datasets.get("evaluated on")
     metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
@@ -487,13 +468,13 @@ def make_trainer(
     if data.log_predictions:
         from predictions import PredictionLog  # an option
 
-        count_and_steps = data.log_predictions, data.log_predictions_steps
-        trainer.predictions = PredictionLog(dataset, *count_and_steps, trainer.callback_handler.callbacks)
+        trainer.predictions = PredictionLog(trainer, data.log_predictions, data.log_predictions_steps)
         trainer.add_callback(trainer.predictions)
     if args.report_to:
         from meters import Meters  # an option
 
         trainer.meters = Meters(dataset.durations, args.world_size)
+        trainer.add_callback(trainer.meters)
     return trainer
 
 

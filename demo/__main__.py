@@ -34,7 +34,7 @@ from demo.models import RECIPES, train_encoder, train_llm
 from demo.stages import CORES, Stage, put, run_in_child
 from errors import run
 from from_nothing import text_from_nothing
-from intervals import rate_interval
+from intervals import LEVEL, rate_interval
 from projectors import PROJECTORS
 from result_file import read_rows
 from score import main as score_main
@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
 
     begin = time.perf_counter()
     data = stage("data", [], "train_sentences", "test_sentences")
-    data.run(["tokenizer", "wav", "train.jsonl"], make_data, folder, **data.settings)
+    manifests = [f"{name}.jsonl" for name in ("train", "dev", *(f"test_{test}" for test in (*TESTS, "nothing")))]
+    data.run(["tokenizer", "wav", *manifests], make_data, folder, **data.settings)
     # On few cores two small trainings side by side are faster than one after the other.
     llm, encoder = stage("llm", [data], "llm_steps"), stage("encoder", [data], "encoder_epochs", variant=("encoder",))
     child = {"target": run_in_child, "args": (llm, ["llm"], train_llm, folder), "kwargs": llm.settings}
@@ -160,7 +161,7 @@ def recognize(model: Path, test: Path, result: Path) -> None:
 def summarize(folder: Path, settings: Settings, stages: list[Stage]) -> None:
     """Print error rates, three transcripts, what the model hears and what it makes up; write summary.json, pictures."""
     summary, suffix = {}, stages[-1].suffix
-    print("\n| test set | sentences | words | WER | 95 % interval |\n|---|---|---|---|---|")
+    print(f"\n| test set | sentences | words | WER | {LEVEL} % interval |\n|---|---|---|---|---|")
     for name in TESTS:
         rows = read_rows(str(folder / f"test_{name}.jsonl"), str(folder / f"result_{name}{suffix}.jsonl"))
         result = score(rows.references, rows.hypotheses)

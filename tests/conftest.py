@@ -142,6 +142,15 @@ def model(world):
     return SpeechLLM.from_parts(str(world / "whisper.pt"), str(world / "llm"), projector_hidden_size=64)
 
 
+@pytest.fixture(scope="session")
+def recogniser(world, chinese_llm):
+    """A random model of which some answers end and others are cut off."""
+    from model import SpeechLLM
+
+    torch.manual_seed(0)
+    return SpeechLLM.from_parts(str(world / "whisper.pt"), str(chinese_llm), projector_hidden_size=64)
+
+
 @pytest.fixture(scope="module", params=["wav2vec2_large", "whisper_openai", "w2v_bert"])
 def any_model(request, tmp_path_factory):
     """A model of each kind of input: samples, Whisper's features (M before F), and features of another shape."""
@@ -333,3 +342,23 @@ def trained(world, chinese_llm, launch) -> Path:
     job = launch("train.py", f"{TRAIN_FLAGS} {TRAINED_FLAGS} {batches} --output_dir trained").wait()
     assert job.status == 0, job.err
     return world / "trained"
+
+
+@pytest.fixture(scope="session")
+def ddp(world, trained, launch) -> Path:
+    """The run of `trained` under DistributedDataParallel on two processes."""
+    batches = "--per_device_train_batch_size 2 --per_device_eval_batch_size 1"
+    job = launch("train.py", f"{TRAIN_FLAGS} {TRAINED_FLAGS} {batches} --output_dir ddp", processes=2).wait()
+    assert job.status == 0, job.err
+    return world / "ddp"
+
+
+@pytest.fixture(scope="session")
+def never_stopped(world, chinese_llm, call) -> Path:
+    from runs import RESUMED, losses
+
+    import train
+
+    assert "going on" not in call(train.main, f"{RESUMED} --output_dir never_stopped").out
+    assert len(losses(world / "never_stopped")) == 16
+    return world / "never_stopped"

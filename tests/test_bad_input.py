@@ -203,7 +203,7 @@ TABLE = [  # name, what is written, the command, the text of its error
     ("a result in no folder", GOOD, "decode --result_path no/r.txt", "no/r.txt: cannot be written there (No such file"),
     ("a result where nobody may write", GOOD, "decode --result_path /proc/r.txt", "/proc/r.txt: cannot be written the"),
     ("brackets in a result's name", GOOD, "decode --result_path r[1].txt", WORKS),
-    ("garbage as unfinished result", GOOD | {"r.txt.partial-0": "garbage\n{}\n"}, "decode", WORKS),
+    ("garbage beside a result", GOOD | {"r.txt.abc.partial-0": "garbage\n{}\n"}, "decode", WORKS),
     ("too few hypotheses", second(line()) | {"r.txt": "hello\n"}, "score", "r.txt: found 1 lines; wanted 2"),
     ("a latin-1 result", GOOD | {"r.txt": b"sch\xf6n\n"}, "score", "r.txt: cannot be read ('utf-8' codec"),
     ("a folder as result, to score", GOOD | {"r.txt": Path.mkdir}, "score", "r.txt: no such result file"),

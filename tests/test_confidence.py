@@ -6,27 +6,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, noise
-from trials import records
+from trials import EIGHT_CLIPS, records
 
 from confidence import words_with_confidence
 from dataset import collate
 from manifest import Hypothesis
 from model import SpeechLLM
 
-SECONDS = (0.5, 1.0, 2.0, 0.3, 1.5, 3.0, 0.7, 2.5)
 SEARCH = {"max_new_tokens": 12, "num_beams": 3}
-
-
-@pytest.fixture(scope="module")
-def recogniser(world, chinese_llm) -> SpeechLLM:
-    """A random model of which some answers end and others are cut off."""
-    torch.manual_seed(0)
-    return SpeechLLM.from_parts(str(world / "whisper.pt"), str(chinese_llm), projector_hidden_size=64)
 
 
 def decode(model: SpeechLLM, batch_size: int = 16, **options) -> list[Hypothesis]:
     """The hypotheses of eight clips, in their order."""
-    batches = model.decode(model.make_dataset(records(SECONDS)), batch_size=batch_size, **SEARCH | options)
+    batches = model.decode(model.make_dataset(records(EIGHT_CLIPS)), batch_size=batch_size, **SEARCH | options)
     return sorted(sum(batches, []), key=lambda hypothesis: hypothesis.index)
 
 
@@ -53,7 +45,7 @@ def answers_of(model: SpeechLLM, example: dict, **options) -> list[list[int]]:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_log_probability_is_that_of_a_forward_pass_over_the_same_text(recogniser, num_beams):
-    examples = list(recogniser.make_dataset(records(SECONDS)))
+    examples = list(recogniser.make_dataset(records(EIGHT_CLIPS)))
     search = {"num_beams": num_beams, "max_new_tokens": 5}
     hypotheses = decode(recogniser, **search, confidence=True)
     assert {hypothesis.problem is None for hypothesis in hypotheses} == {True, False}  # some end, some are cut off
@@ -67,7 +59,7 @@ def test_the_log_probability_is_that_of_a_forward_pass_over_the_same_text(recogn
 def test_the_log_probability_is_the_score_that_beam_search_had_itself(recogniser):
     """No beam is taken for another: transformers adds up the score of each beam while it searches."""
     for example, hypothesis in zip(
-        recogniser.make_dataset(records(SECONDS)), decode(recogniser, nbest=3, length_penalty=0.0), strict=True
+        recogniser.make_dataset(records(EIGHT_CLIPS)), decode(recogniser, nbest=3, length_penalty=0.0), strict=True
     ):
         batch = recogniser.tensors_of(collate([example], with_targets=False))
         options = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 3}
@@ -98,7 +90,7 @@ def test_numbers_and_alternatives_of_a_clip_are_the_same_alone_and_in_a_batch(re
 
 
 def test_penalties_change_the_text_but_not_of_what_the_numbers_are(recogniser):
-    examples, penalty = list(recogniser.make_dataset(records(SECONDS))), {"no_repeat_ngram_size": 1, "num_beams": 1}
+    examples, penalty = list(recogniser.make_dataset(records(EIGHT_CLIPS))), {"no_repeat_ngram_size": 1, "num_beams": 1}
     plain, changed = decode(recogniser, num_beams=1), decode(recogniser, **penalty, confidence=True)
     assert [h.text for h in plain] != [h.text for h in changed]
     for example, hypothesis in zip(examples, changed, strict=True):
@@ -177,7 +169,7 @@ def test_a_token_with_parts_of_two_words_counts_for_both():
 def test_words_and_end_together_have_the_probability_of_the_line(recogniser):
     ends = recogniser.llm.generation_config.eos_token_id
     for example, hypothesis in zip(
-        recogniser.make_dataset(records(SECONDS)), decode(recogniser, confidence=True), strict=True
+        recogniser.make_dataset(records(EIGHT_CLIPS)), decode(recogniser, confidence=True), strict=True
     ):
         (answer,) = answers_of(recogniser, example, **SEARCH)
         assert answer[-1] in ends

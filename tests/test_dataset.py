@@ -565,7 +565,7 @@ def test_a_long_clip_has_the_embeddings_of_its_windows_in_one_place():
 
 
 def test_a_clip_stands_between_the_places_of_its_boundary_vectors():
-    plain, bounded = (make_dataset([record_of(0.3)], boundary_tokens=b)[0]["prompt_ids"] for b in (False, True))
+    plain, bounded = (make_dataset([record_of(0.3)], audio_boundary_tokens=b)[0]["prompt_ids"] for b in (False, True))
     first = plain.index(SPEECH)
     assert bounded == [*plain[:first], BOUNDARY[0], *[SPEECH] * 3, BOUNDARY[1], *plain[first + 3 :]]
 

@@ -166,12 +166,12 @@ def test_weights_that_may_be_missing_are_named_by_their_ends(folder):
         load_pretrained(Qwen2ForCausalLM, str(folder), may_lack=("up_proj",))
 
 
-@pytest.mark.parametrize(("size", "cause"), [(7, "1 such weights in all"), (0, "tensors of size 0, which ZeRO-3")])
-def test_weights_of_another_shape_are_wrong_input(folder, size, cause):
+@pytest.mark.parametrize("size", [7, 0])  # 0 is what ZeRO-3 leaves where weights are saved without being gathered
+def test_weights_of_another_shape_are_wrong_input(folder, size):
     edit_weights(folder, lambda weights: weights.update({UP: weights[UP][:size].clone()}))
     with pytest.raises(InputError) as raised:
         load_pretrained(Qwen2ForCausalLM, str(folder))
-    assert str(raised.value).startswith(f"{folder}: {UP} is ({size}, 8), wanted (8, 8) by its config.json; {cause}")
+    assert str(raised.value).startswith(f"{folder}: {UP} is ({size}, 8), wanted (8, 8) by its config.json")
 
 
 def test_weights_without_a_place_are_told_unless_their_whole_part_is_left_out(folder, recwarn):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TRAIN_FLAGS, noise
 
-from evaluate import DEAF, embeds_of_another, evaluate
+from evaluate import DEAF, embeds_of_another, embeds_of_longest, evaluate
 from manifest import SPEECH
 from model import SpeechLLM
 from train import parse
@@ -50,6 +50,12 @@ def test_figures_do_not_depend_on_the_batch(model, batch_size):
 
 def test_one_clip_alone_has_no_listening_gap(model):
     assert evaluate(model, make_dataset(model, 1), arguments()).metrics.keys() == {"loss", "wer"}
+
+
+def test_a_clip_that_cannot_be_read_lends_nobody_its_audio(model):
+    records = [{"where": str(n), "wav": np.full(16000 * n, np.nan) if n == 4 else noise(n)} for n in (1, 4, 2)]
+    dataset = model.make_dataset([record | {"txt": "hello"} for record in records], on_bad="skip")
+    assert [index for index, _ in embeds_of_longest(model, dataset)] == [2, 0]
 
 
 def test_every_clip_gets_the_longest_ones_audio_and_that_one_the_next(model):

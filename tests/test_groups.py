@@ -35,7 +35,7 @@ def test_of_many_groups_the_largest_are_shown_and_the_others_counted():
     names = [str(index) for index in range(MAX_GROUPS + 5)] + ["many"] * 3
     rows, num_left_out = groups(names, [Counts(0, 0, 0, 1)] * len(names), 0)
     assert len(rows) == MAX_GROUPS and num_left_out == 6 and "many" in [row.name for row in rows]
-    assert as_lines("key", rows, num_left_out, "wer")[-1] == "  and 6 smaller groups"
+    assert as_lines("key", rows, num_left_out, "wer", "words")[-1] == "  and 6 smaller groups"
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_any_value_of_a_record_names_a_group(value, name):
 def test_a_group_of_empty_references_has_no_rate():
     rows, _ = groups(["noise"], [Counts(0, 0, 3, 0)], 100)
     assert rows[0].rate is None
-    assert as_lines("kind", rows, 0, "wer")[1].split() == ["noise", "1", "0", "-", "-"]
+    assert as_lines("kind", rows, 0, "wer", "words")[1].split() == ["noise", "1", "0", "-", "-"]

@@ -124,6 +124,13 @@ def stopped(world, chinese_llm, call) -> Path:
     return world / "stopped"
 
 
+def test_a_checkpoint_cannot_lead_deepspeed_to_files_elsewhere(stopped, call, tmp_path):
+    path = shutil.copytree(stopped, tmp_path / "run") / "checkpoint-2/latest"
+    path.write_text("../../elsewhere")
+    found = error_of(call, train.main, f"{TRAIN} --max_steps 3 --output_dir {tmp_path}/run")
+    assert found == f"{path}: names another folder; wanted global_step and a number"
+
+
 @PICKLES
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "global_step2/a/b.pt"])
 def test_a_pickle_in_a_checkpoint_is_refused_by_the_run_that_would_go_on_from_it(

@@ -4,13 +4,12 @@ import base64
 import io
 import re
 
-import jiwer
 import pytest
 import soundfile
 from conftest import write_manifest
 
 from errors import InputError
-from html_report import MAX_LINES, Token, tokens_of, write
+from html_report import MAX_LINES, write
 from result_file import read_rows
 from score import score
 
@@ -38,7 +37,7 @@ def page_of(tmp_path):
         data_path = write_manifest(tmp_path / "test.jsonl", records)
         rows = read_rows(str(data_path), str(tmp_path / "result.txt"))
         result = score(rows.references, rows.hypotheses, rows.durations)
-        write(str(tmp_path / "report.html"), [result.summary(), "more"], result, rows)
+        write(str(tmp_path / "report.html"), [result.summary(), "more"], result, rows, "words")
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
     return write_page
@@ -85,20 +84,8 @@ def test_a_page_without_errors_is_a_page(page_of):
     assert "of the 0 lines with errors" in page_of([("a", "a")])
 
 
-def test_every_token_of_an_alignment_is_a_column():
-    alignment = jiwer.process_words("a b c d f", "a x d f e")
-    assert tokens_of(alignment) == [
-        Token("equal", "a", "a"),
-        Token("substitute", "b", "x"),
-        Token("delete", "c", ""),
-        Token("equal", "d", "d"),
-        Token("equal", "f", "f"),
-        Token("insert", "", "e"),
-    ]
-
-
 def test_a_file_that_cannot_be_written_is_wrong_input(page_of, tmp_path):
     page_of(TEXTS)
     rows = read_rows(str(tmp_path / "test.jsonl"), str(tmp_path / "result.txt"))
     with pytest.raises(InputError, match=r"no/report\.html: cannot be written"):
-        write(str(tmp_path / "no" / "report.html"), ["x"], score(rows.references, rows.hypotheses), rows)
+        write(str(tmp_path / "no" / "report.html"), ["x"], score(rows.references, rows.hypotheses), rows, "words")

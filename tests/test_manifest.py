@@ -395,3 +395,10 @@ def test_as_many_texts_as_beams_and_any_number_of_samples():
     assert DecodingOptions(num_beams=1, nbest=9, do_sample=True).nbest == 9
     with pytest.raises(InputError, match=r"^--nbest 4: wanted as many --num_beams, or --do_sample$"):
         DecodingOptions(num_beams=3, nbest=4)
+
+
+@pytest.mark.parametrize("option", [{"temperature": 0.5}, {"top_p": 0.9}, {"seed": 1}])
+def test_an_option_of_samples_wants_them(option):
+    with pytest.raises(InputError, match="change nothing without --do_sample"):
+        DecodingOptions(**option)
+    assert DecodingOptions(do_sample=True, **option).do_sample

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from conftest import ROOT, write_manifest
 
-from errors import InputError
+from errors import InputError, run
 from score import METRICS, NORMALIZERS, main
 
 REFUSAL = "I apologize, but it appears that there is no speech to transcribe."
@@ -227,7 +227,7 @@ def test_where_a_text_cannot_be_shown_the_numbers_still_can(data_path, tmp_path,
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
     result_path = write_txt(tmp_path, "", "", "抱歉，没有可以转录的内容。")
-    main(["--data_path", str(data_path), "--result_path", str(result_path)])
+    run(lambda: main(["--data_path", str(data_path), "--result_path", str(result_path)]))
     screen.flush()
     shown = screen.buffer.getvalue().decode("ascii")
     assert shown.startswith("WER ") and "\\u62b1" in shown

@@ -3,24 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from trials import records
+from trials import EIGHT_CLIPS, records
 
 import sampling
 from manifest import DecodingOptions
 from model import SpeechLLM
 
-SECONDS = (0.5, 1.0, 2.0, 0.3, 1.5, 3.0, 0.7, 2.5)
 NEW = {"max_new_tokens": 16, "num_beams": 1}
 
 
-@pytest.fixture(scope="module")
-def recogniser(world, chinese_llm) -> SpeechLLM:
-    torch.manual_seed(0)
-    return SpeechLLM.from_parts(str(world / "whisper.pt"), str(chinese_llm), projector_hidden_size=64)
-
-
 def decode(model: SpeechLLM, batch_size: int = 16, positions=None, **options) -> list[str]:
-    batches = model.decode(model.make_dataset(records(SECONDS)), positions, batch_size, **NEW | options)
+    batches = model.decode(model.make_dataset(records(EIGHT_CLIPS)), positions, batch_size, **NEW | options)
     hypotheses = sorted(sum(batches, []), key=lambda hypothesis: hypothesis.index)
     return [" | ".join([h.text, *(other["text"] for other in h.alternatives or [])]) for h in hypotheses]
 
@@ -79,6 +72,13 @@ def test_draws_have_the_frequencies_of_the_distribution():
     assert ((scores == 0).sum(1) == 1).all() and ((scores == 0) | (scores == -torch.inf)).all()
     np.testing.assert_allclose((scores == 0).float().mean(0), probabilities, atol=0.012)  # 3.4 standard errors
     assert not (scores[:, 1] == 0).any()
+
+
+def test_no_draw_is_a_token_without_probability():
+    """A random number beyond all sums, as rounding can make them, stands for the last token that is left."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
+    scores = sampling.Draw(torch.ones(1, 1))(torch.zeros(1, 0, dtype=torch.long), logits)
+    assert scores.tolist() == [[-torch.inf, 0.0, -torch.inf, -torch.inf]]
 
 
 def test_the_random_numbers_of_a_clip_are_its_own():

@@ -105,6 +105,14 @@ def test_a_kaldi_folder_has_a_record_for_each_line_of_wav_scp(kaldi):
     assert records[1]["where"] == f"{kaldi / 'wav.scp'}:2" and np.isnan(records.durations).all()
 
 
+def test_columns_may_stand_apart_by_tabs_and_bad_lines_keep_their_number(kaldi):
+    (kaldi / "text").write_text("rec1\thello  world\nrec2\n")
+    assert [transcript_of(record) for record in open_records(f"kaldi:{kaldi}")] == ["hello  world", ""]
+    (kaldi / "text").write_text("\nrec1 a\nrec1 b\n")
+    with pytest.raises(InputError, match="text:3: 'rec1' stands in line 2 too"):
+        open_records(f"kaldi:{kaldi}")
+
+
 def test_or_for_each_line_of_segments(kaldi):
     (kaldi / "segments").write_text("u1 rec1 0.5 2.25\nu2 rec2 0 1\nu3 rec1 3 4\n")
     (kaldi / "text").write_text("u1 one\nu2 two\nu3 three\n")

@@ -9,6 +9,7 @@ from dataset import SpeechDataset, collate
 from model import DecodingOptions, SpeechLLM
 
 SMALL = {"projector_hidden_size": 32, "projector_num_layers": 2}
+EIGHT_CLIPS = (0.5, 1.0, 2.0, 0.3, 1.5, 3.0, 0.7, 2.5)  # seconds
 VARIANTS = {  # of a model that is saved and loaded
     "as it comes": {},
     "LoRA on the LLM": {"lora_r": 4},
