@@ -235,6 +235,45 @@ METRICS["ser"] = sentences
     assert "SER 100.00" in fork.run(("score", f"--data_path corpus.jsonl --result_path {result} --metric ser"))
 
 
+def test_a_new_normaliser(fork, original):
+    result = original.folder / "result.jsonl"
+    fork.append(
+        "score.py",
+        """
+def first_letter() -> Callable[[str], str]:
+    \"\"\"the first letter\"\"\"
+    return lambda text: text[:1]
+
+
+NORMALIZERS["first_letter"] = first_letter
+""",
+    )
+    out = fork.run(("score", f"--data_path corpus.jsonl --result_path {result} --normalizer first_letter"))
+    assert "normalizer: first_letter" in out and "reference length 20" in out
+
+
+def test_another_order_of_training(fork, original):
+    fork.insert_before("train.py", "        return LengthSampler(", "        return LongestFirst(dataset.seconds)\n")
+    fork.insert_before(
+        "train.py",
+        "class SpeechTrainer(Trainer):",
+        """class LongestFirst(torch.utils.data.Sampler):
+    def __init__(self, lengths: np.ndarray):
+        self.order = [(0, position) for position in (-lengths).argsort().tolist()]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.order)
+
+
+""",
+    )
+    fork.train_and_decode()
+    assert fork.losses() != original.losses()
+
+
 def test_a_new_loss_term(fork, original):
     fork.insert_before(
         "model.py",
