@@ -53,9 +53,9 @@ class Settings:
 
     train_sentences: int = 6000
     test_sentences: int = 250  # in each of the two test sets
-    encoder_epochs: float = 2
+    encoder_epochs: float = 1.75
     llm_steps: int = 600
-    projector_epochs: float = 2
+    projector_epochs: float = 1.75
     projector_batch_size: int = 16
     projector_hidden_size: int = 512
     projector_learning_rate: float = 3e-3

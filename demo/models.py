@@ -32,17 +32,30 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike: dict[tuple, list] = {}  # shape -> matrices of it: together they take two thirds of the time
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov
-                rows, columns = x.shape
-                x = F.normalize(x.T if rows > columns else x, dim=(0, 1))
-                for _ in range(5):  # Newton-Schulz: all singular values go to about 1
-                    a = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-                x = x.T if rows > columns else x
-                p.add_(x.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                is_tall = x.shape[0] > x.shape[1]
+                x = x.T if is_tall else x
+                alike.setdefault(tuple(x.shape), []).append((p, is_tall, x))
+            for matrices in alike.values():
+                updates = orthogonal(torch.stack([x for _, _, x in matrices]))
+                for (p, is_tall, _), x in zip(matrices, updates, strict=True):
+                    x = x.T if is_tall else x
+                    rate = group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5
+                    p.add_(x.reshape(p.shape), alpha=-rate)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices (n, rows, columns) with all singular values at about 1, by Newton-Schulz."""
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x
 
 
 class Optimizer:
