@@ -1,6 +1,6 @@
 """The whole job on a laptop, nothing downloaded: error rates, what the model hears and makes up, pictures, a report.
 
-    python -m demo           # about five minutes on two cores
+    python -m demo           # about six minutes on two cores
     python -m demo --quick   # everything once in a minute or two; its error rates mean nothing
     python -m demo --projector mlp  # or --lora_r 8, --encoder wav2vec2: only the stages that differ are new
 
