@@ -50,7 +50,7 @@ class DataArguments:
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")
     on_bad_audio: Literal["error", "skip"] = option("error", "what cannot be read or does not fit: stop, or skip it")
-    augment: list[str] = option([], "names in augment.py, applied in this order")
+    augment: list[str] = option([], "gain, speed, noise:FOLDER, room, telephone, mask: in this order")
     projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
     save_best_by: str | None = option(None, "wer, cer, loss: keep the --save_total_limit best checkpoints and the last")
     select_on: str | None = option(None, "manifest to evaluate and choose by; --eval_data_path then waits for the end")
