@@ -273,7 +273,7 @@ def test_augmentation_is_another_in_each_epoch_and_the_same_after_a_resume(call,
     assert losses(tmp_path / "whole")[0] != pytest.approx(losses(tmp_path / "plain")[0], abs=1e-3)
     assert "augment was ['gain', 'speed'] and is ['speed']" in error_of(call, f"{augmented}/whole --augment speed")
     error = error_of(call, f"{CORPUS} --augment reverb --output_dir never")
-    assert error == "--augment reverb: wanted some of gain, speed"
+    assert error == "--augment reverb: wanted some of gain, speed, noise, room, telephone, mask"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
