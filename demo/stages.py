@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-STAGES = ("data", "llm", "encoder", "projector", "known_voices", "new_voices", "nothing")
+STAGES = ("data", "llm", "encoder", "projector", "tests")
 
 
 def say(stage: str, text: str) -> None:
@@ -75,7 +75,7 @@ def put(partial: Path, path: Path) -> None:
 
 
 class Progress:
-    """Prints a line about every ten seconds: `[3/7] encoder: step 100/750, loss 0.712, 21 s`."""
+    """Prints a line about every ten seconds: `[3/5] encoder: step 100/619, loss 0.712, 21 s`."""
 
     def __init__(self, stage: str, num_steps: int):
         self.stage, self.num_steps, self.step_number, self.losses = stage, num_steps, 0, []
