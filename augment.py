@@ -8,7 +8,6 @@ in any process and after a resume.
 import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import soxr
@@ -16,7 +15,9 @@ import soxr
 from dataset import load_audio
 from errors import InputError
 from manifest import SAMPLE_RATE
+from sources import audio_files
 
+files_of = lru_cache(audio_files)  # for each clip again
 Augmentation = Callable[..., np.ndarray]
 Random = np.random.Generator
 
@@ -34,7 +35,7 @@ def speed(samples: np.ndarray, random: Random) -> np.ndarray:
 
 def noise(samples: np.ndarray, random: Random, folder: str, low: str = "5", high: str = "20") -> np.ndarray:
     """A stretch of a file of `folder`, repeated where it is shorter, LOW to HIGH dB below the speech."""
-    files = audio_files(folder)
+    files = files_of(folder)
     background = load_audio(files[random.integers(len(files))])
     start = random.integers(len(background))
     background = np.resize(np.roll(background, -start), len(samples))
@@ -93,16 +94,6 @@ def without_band(samples: np.ndarray, low: float, high: float) -> np.ndarray:
     frequencies = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
     spectrum[(frequencies >= low) & (frequencies < high)] = 0
     return np.fft.irfft(spectrum, len(samples)).astype(np.float32)
-
-
-@lru_cache
-def audio_files(folder: str) -> list[Path]:
-    """The audio files in a folder and its subfolders, in the same order everywhere. Raises InputError."""
-    endings = (".wav", ".flac", ".ogg", ".mp3")
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
-    if not files:
-        raise InputError(f"wanted a folder with {', '.join(endings)} files in it, found {folder}")
-    return files
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {

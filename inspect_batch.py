@@ -137,7 +137,7 @@ def problem_of(row: Row, stop_ids: set[int]) -> str | None:
     """What would spoil the training, or None."""
     trained = [position for position, label in enumerate(row.labels) if label != IGNORE]
     if row.bad:
-        return None  # left out, and told
+        return None  # left out, and reported
     if not trained:
         return "no label: nothing of this utterance is trained"
     if len(trained) >= sum(row.mask):

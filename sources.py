@@ -39,16 +39,22 @@ class RecordList(Sequence):
 def folder(place: str, needs_text: bool) -> Records:
     """A folder of audio files, each with its transcript beside it: a.flac and a.txt."""
     records = []
-    for path in sorted(Path(place).rglob("*")):
-        if path.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
-            record, text = {"wav": str(path)}, path.with_suffix(".txt")
-            if text.is_file():
-                record["txt"] = " ".join(text_of(text).split())
-            check_record(record, str(path), needs_text)
-            records.append(record | {"where": str(path)})
-    if not records:
-        raise InputError(f"folder:{place}: wanted a folder with .wav, .flac, .ogg or .mp3 files in it")
+    for path in audio_files(place):
+        record, text = {"wav": str(path)}, path.with_suffix(".txt")
+        if text.is_file():
+            record["txt"] = " ".join(text_of(text).split())
+        check_record(record, str(path), needs_text)
+        records.append(record | {"where": str(path)})
     return RecordList(records)
+
+
+def audio_files(folder: str) -> list[Path]:
+    """The audio files in a folder and its subfolders, in the same order everywhere. Raises InputError."""
+    endings = (".wav", ".flac", ".ogg", ".mp3")
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+    if not files:
+        raise InputError(f"{folder}: wanted a folder with {', '.join(endings)} files in it")
+    return files
 
 
 def nemo(place: str, needs_text: bool) -> Records:

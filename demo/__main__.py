@@ -6,8 +6,9 @@
 
 espeak-ng speaks made-up sentences in 32 voices. A small Whisper encoder learns to recognise them with CTC, a small
 Qwen2 learns to repeat a noisy text that stands where the speech will stand. Then both are frozen, and the real
-commands, train.py and recognize.py, train the projector between them and decode two test sets: new sentences in
-known voices, and in voices that no part has heard. No test sentence is in any training data; their words are.
+commands, train.py and recognize.py, train the projector between them and decode three test sets: new sentences in
+known voices, in voices that no part has heard, and clips without speech. No test sentence is in any training data;
+their words are.
 
 Each stage writes a stamp when its output is complete. A second run reuses what has one, unless the stage's settings or
 a stage before it have changed. A variant writes beside the default: run_mlp/, result_known_voices_mlp.jsonl ...

@@ -98,7 +98,7 @@ def test_a_mask_takes_bands_and_stretches_away_and_adds_nothing():
     ("text", "error"),
     [
         ("noise", r"^--augment noise: missing a required argument: 'folder'$"),
-        ("noise:nowhere", r"^--augment noise:nowhere: wanted a folder with \.wav.* files in it, found nowhere$"),
+        ("noise:nowhere", r"^--augment noise:nowhere: nowhere: wanted a folder with \.wav.* files in it$"),
         ("noise:{folder}:loud", r"^--augment noise:.*:loud: could not convert string to float: 'loud'$"),
         ("gain:3", r"^--augment gain:3: too many positional arguments$"),
     ],

@@ -41,7 +41,7 @@ def test_a_folder_to_train_on_needs_the_text_of_every_file(folder):
 @pytest.mark.parametrize("place", ["empty", "nowhere"])
 def test_a_folder_without_audio_is_an_error(tmp_path, place):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=rf"^folder:{tmp_path / place}: wanted a folder with \.wav"):
+    with pytest.raises(InputError, match=rf"^{tmp_path / place}: wanted a folder with \.wav"):
         open_records(f"folder:{tmp_path / place}")
 
 
