@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import orjson
 
 from errors import InputError
 
@@ -83,7 +84,7 @@ class Manifest(Sequence):
             raise IndexError(index)
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])  # where the line begins
-            record = json.loads(file.readline().removeprefix(BYTE_ORDER_MARK))
+            record = orjson.loads(file.readline().removeprefix(BYTE_ORDER_MARK))
         return without_nulls(record) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
 
     def fingerprint(self, count: int | None = None) -> str:
@@ -102,10 +103,9 @@ def parse_line(line: bytes, where: str, needs_text: bool) -> dict:
     if not line.strip():
         raise InputError(f"{where}: a blank line; wanted one JSON object a line")
     try:
-        record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())  # quicker than from bytes
-        if rb"\u" in line:  # half a character, "\ud800", is valid JSON, and cannot be written to any file
-            json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        # Four times as quick as json, and stricter: half a character, "\ud800", could be written to no result file.
+        record = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
         raise InputError(f"{where}: malformed JSON ({error}); wanted one object a line") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: found {line[:20]!r}; wanted a JSON object with 'wav' and 'txt'")
