@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     manifests = run_recipe(recipe, folder, options, args.out, cure)
     args.out.mkdir(parents=True, exist_ok=True)
     counts = {}  # part -> utterances
-    for name, recordings, supervisions in find_parts(manifests):
+    for name, recordings, supervisions in sorted(find_parts(manifests), key=lambda part: part[0]):
         rows = make_rows(recordings, supervisions)
         counts[name] = len(rows)
         write_manifest(args.out / f"{name}.jsonl", rows)
