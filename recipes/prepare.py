@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from errors import InputError, nearest, run
+from manifest import stated_seconds
 
 try:
     import lhotse.recipes
@@ -149,10 +150,6 @@ def make_rows(recordings: RecordingSet, supervisions: SupervisionSet) -> list[di
     return sorted(rows, key=lambda row: row["key"])  # lhotse's order is the file system's
 
 
-def seconds_of(row: dict) -> float:
-    return row["duration"] if "duration" in row else row["end"] - row["start"]
-
-
 def write_manifest(path: Path, rows: list[dict]) -> None:
     partial_path = path.with_name(f"{path.name}.partial")  # so that after a kill no manifest looks complete
     partial_path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -181,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = make_rows(recordings, supervisions)
         counts[name] = len(rows)
         write_manifest(args.out / f"{name}.jsonl", rows)
-        hours, speakers = sum(map(seconds_of, rows)) / 3600, len({row.get("speaker") for row in rows})
+        hours, speakers = sum(map(stated_seconds, rows)) / 3600, len({row.get("speaker") for row in rows})
         print(f"{args.out}/{name}.jsonl: {len(rows):,} utterances, {hours:,.1f} hours, {speakers:,} speakers")
         if without_text := len(supervisions) - len(rows):
             print(f"{name}: {without_text:,} segments without a text are left out")
