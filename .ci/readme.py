@@ -22,7 +22,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from fake_hub import FakeHub  # noqa: E402
 from families import ENCODERS, LLMS  # noqa: E402
-from test_recipes import make_recordings  # noqa: E402
+from test_recipes import make_aishell, make_librispeech, make_recordings  # noqa: E402
 
 HUB = {
     "facebook/mms-300m": ENCODERS["wav2vec2_large"],
@@ -30,15 +30,22 @@ HUB = {
     "Qwen/Qwen3-0.6B": LLMS["qwen3"],
     "Qwen/Qwen2-1.5B-Instruct": LLMS["qwen2"],
     "meta-llama/Llama-3.2-1B": LLMS["gpt2"],  # a base LLM, without a chat template
+    "meta-llama/Meta-Llama-3-8B-Instruct": LLMS["llama"],
     "HuggingFaceTB/SmolLM2-135M-Instruct": LLMS["qwen2"],
 }
 PROGRAMS = ("demo", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
 SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False"
+TINY = f"{SHORT} --gradient_accumulation_steps 1 --dataloader_num_workers 0"
 SMALLEST = "--llm nano --batch_size 1 --steps 1 --decode_batches 1 --repeats 1"
 NAMES = {
+    # On one process, to save half a minute: README.md has ZeRO-3.
+    r"torchrun --standalone --nproc_per_node=8 (train\.py recipes/(librispeech|aishell)/train\.yaml) --deepspeed \S+": (
+        rf"python \1 --encoder_name_or_path {DEMO / 'whisper.pt'} {TINY}"
+    ),
     r"name_or_path Qwen2-1.5B-Instruct(?!\S)": f"name_or_path {DEMO / 'llm'}",
     r"((whisper_model|encoder)_name_or_path) tiny(\.en)?(?!\S)": rf"\1 {DEMO / 'whisper.pt'}",
     r"--nproc_per_node=8": "--nproc_per_node=2",
+    r"for part in test-clean test-other": "for part in test-other",
     r"--bf16 True": "--use_cpu",
     r"checkpoint-600": "checkpoint-4",
     r"--save_steps 100": "--save_steps 4 --max_steps 4",
@@ -85,6 +92,8 @@ def fill_folder() -> None:
     dev = (DEMO / "test_new_voices.jsonl").read_text().splitlines(keepends=True)
     (FOLDER / "dev.jsonl").write_text("".join(dev[:8]))  # an untrained model answers at length
     make_recordings(FOLDER / "recordings")
+    make_librispeech(FOLDER / "corpora")
+    make_aishell(FOLDER / "corpora")
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """What config_file.py promises: a YAML file stands for flags of train.py."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
+from config_file import NOT_NEEDED, RENAMED
 from errors import InputError
 from train import parse
 
@@ -89,7 +92,9 @@ def test_a_bare_no_and_a_leading_dash_mean_what_they_say(tmp_path):
         ("model: {projectr: mlp}", r"unknown key 'projectr'; did you mean projector\?$"),
         ("learning_rte: 1", r"unknown key 'learning_rte'; did you mean learning_rate\?$"),
         ("LEARNING_RATE: 1", r"unknown key 'LEARNING_RATE'; did you mean learning_rate\?$"),
-        ("downsample_factor: 5", "unknown key 'downsample_factor'; did you mean"),
+        ("downsample_factor: 5", r"unknown key 'downsample_factor'; did you mean projector_stride\?$"),
+        ("data: {split: train}", r"unknown key 'split'; did you mean data_split\?$"),
+        ("data: {sampling_rate: 16000}", "unknown key 'sampling_rate'; leave it out: audio of any rate becomes 16 kHz"),
         ("xyz: 1", "unknown key 'xyz'$"),
         ("model: mlp", "wanted keys and values"),
         ("- a", "wanted keys and values"),
@@ -109,6 +114,73 @@ def test_a_value_that_a_key_cannot_have_is_told_as_that_of_a_flag_is(tmp_path, t
     with pytest.raises(SystemExit):
         parse([write(tmp_path, f"{PARTS}encoder_name_or_path: tiny\n{text}")])
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+SPEECHLLM = """
+data:
+  data_path: parler-tts/libritts_r_filtered
+  subset: clean
+  split: train.clean.100
+  amount: ":100%"
+  remap_keys: {"text_normalized": "transcription"}
+  sampling_rate: 16000
+  min_duration: 0.01
+  max_duration: 15.0
+  num_proc_for_preprocessing: 4
+training:
+  output_dir: ./output/
+  freeze_modules: ["encoder", "text_decoder"]
+  num_train_epochs: 3
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 1
+  learning_rate: 1e-4
+  warmup_steps: 1000
+  bf16: true
+  lr_scheduler_type: cosine
+  optim: adamw_torch
+  max_grad_norm: 1.0
+model:
+  speech_encoder_name_or_path: microsoft/wavlm-large
+  text_decoder_name_or_path: meta-llama/Llama-3.2-1B
+  downsample_factor: 5
+  projector_n_layers: 2
+  projector_activation: relu
+  projector_hidden_size: 2048
+"""  # a training config of SpeechLLM
+
+
+def readme_renames() -> dict[str, str | None]:
+    """Another system's name -> ours, or None where there is no need of it, as README.md's table has them."""
+    table = (ROOT / "README.md").read_text().partition("## If you come from another system")[2].partition("\n## ")[0]
+    renames = {}
+    for there, here in re.findall(r"^\| (.*) \| (.*) \|$", table, re.MULTILINE):
+        names, ours = (re.findall(r"`(\w+)[^`]*`", cell) for cell in (there, here))
+        if here.startswith("not needed"):
+            renames |= dict.fromkeys(names)
+        elif len(names) == len(ours):
+            renames |= dict(zip(names, ours, strict=True))
+    return renames
+
+
+def test_the_config_of_speechllm_runs_with_the_names_of_the_readmes_table(tmp_path):
+    renames = readme_renames()
+    config = {
+        section: {renames.get(key, key): value for key, value in values.items() if renames.get(key, key)}
+        for section, values in yaml.safe_load(SPEECHLLM).items()
+    }
+    model, data, training = parse([write(tmp_path, yaml.safe_dump(config)), "--bf16=False", "--use_cpu"])
+    assert (model.encoder_name_or_path, model.llm_model_name_or_path, model.projector_stride, data.max_seconds) == (
+        "microsoft/wavlm-large", "meta-llama/Llama-3.2-1B", 5, 15
+    )  # fmt: skip
+    assert training.output_dir == "./output/" and training.warmup_steps == 1000
+
+
+@pytest.mark.parametrize("key", [*RENAMED, *NOT_NEEDED])
+def test_a_key_of_speechllm_is_answered_with_what_the_readme_has_for_it(tmp_path, key):
+    assert readme_renames()[key] == RENAMED.get(key)
+    told = f"did you mean {RENAMED[key]}\\?$" if key in RENAMED else f"leave it out: {NOT_NEEDED[key]}$"
+    with pytest.raises(InputError, match=f"unknown key '{key}'; {told}"):
+        parse([write(tmp_path, f"{PARTS}{key}: 1")])
 
 
 def test_a_missing_file_is_named():
