@@ -95,11 +95,11 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     model = load_model(args)
     dataset = model.decoding_dataset(records, options)
     key = key_of_result(model, records, options)  # the same on all processes
-    finished = read_unfinished(args.result_path, key)
+    finished, others = read_unfinished(args.result_path, key), unfinished_files(args.result_path, "*")
     wait_for_all()  # all have read before anyone writes
     if rank == 0 and finished:
         print(f"going on: {len(finished):,} of {len(records):,} utterances were decoded before", file=sys.stderr)
-    elif rank == 0 and (others := unfinished_files(args.result_path, "*")):
+    elif rank == 0 and others:
         print(f"starting over: {others[0]} is of another model, manifest or setting, and stays there", file=sys.stderr)
 
     todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
