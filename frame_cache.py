@@ -13,6 +13,7 @@ a row is never read.
 Shapes: A windows of audio, S samples, F feature frames, M mel bins, T encoder frames, D encoder width.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from functools import lru_cache
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -138,21 +138,19 @@ class FrameCache:
         frames = self.frames(key_of(samples))
         if frames is None:
             seconds = len(samples) / SAMPLE_RATE
-            problem = (
-                f"no frames of {seconds:.2f} s of audio: it was changed, or its frames lie on a disk of another host"
-            )
+            problem = f"no frames of {seconds:.2f} s of audio: it has changed, or its frames are on another host"
             raise InputError(f"{self.folder}: {problem}; start again, and if that does not help delete this folder")
         return frames
 
 
-@lru_cache(256)  # once in each process that loads audio, for a map cannot be sent to it
+@functools.cache  # once in each process that loads audio, for a map cannot be sent to it
 def map_file(path: Path, size: int) -> np.ndarray:
     """The first `size` bytes of a file, two by two; they are read from the disk where they are looked at."""
     return np.memmap(path, np.int16, mode="r", shape=size // 2)
 
 
 class CachedEncoder(nn.Module):
-    """An encoder whose features are frames already: what `extract` finds in the cache goes to the projector as it is."""
+    """An encoder whose features are frames already: what `extract` finds in the cache, the projector gets."""
 
     def __init__(self, cache: FrameCache, dtype: torch.dtype):
         super().__init__()
@@ -236,7 +234,7 @@ def tell_size(
     num_frames = encoder.output_lengths(len(encoder.extract(np.zeros(WINDOW, np.float32))))  # of 30 s
     size, free = 2 * cache.width * num_frames * total / 30, shutil.disk_usage(cache.folder).free  # bytes
     num_clips = sum(map(len, datasets.values()))
-    what = f"{count:,} of {num_clips:,} clips are new, {total / 3600:.1f} hours, about {size / 1e9:.2f} GB"
+    what = f"{count:,} of {num_clips:,} clips are new, {total / 3600:,.1f} hours, about {size / 1e9:,.2f} GB"
     text = f"encoder cache: {what} in {cache.folder}; {free / 1e9:,.1f} GB are free"
     if size > free:
         raise InputError(f"{text}; wanted more room, or an --encoder_cache on another disk")
@@ -292,8 +290,8 @@ class NewFile:
         self.synced = time.monotonic()
 
     def __enter__(self) -> "NewFile":
-        self.frames = open(self.path.with_suffix(".frames"), "xb", buffering=0)  # noqa: SIM115
-        self.index = open(self.path.with_suffix(".index"), "xb", buffering=0)  # noqa: SIM115
+        self.frames = open(self.path.with_suffix(".frames"), "xb", buffering=0)
+        self.index = open(self.path.with_suffix(".index"), "xb", buffering=0)
         return self
 
     def append(self, frames: dict[Key, Tensor]) -> None:
