@@ -292,7 +292,7 @@ def test_two_processes_fill_it_together_and_two_jobs_at_once(cached, launch, wor
     jobs = [launch("train.py", f"{flags}/{number}", processes=2) for number in (1, 2)]
     for job in jobs:
         assert job.wait().status == 0, job.err
-    assert len(list(tmp_path.glob("frames/*/*.index"))) == 4
+    assert 2 <= len(list(tmp_path.glob("frames/*/*.index"))) <= 4  # a job that is late finds all
     assert_same_frames(tmp_path / "frames", world / "cached_frames")
 
 
