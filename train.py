@@ -50,6 +50,7 @@ class DataArguments:
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")
     on_bad_audio: Literal["error", "skip"] = option("error", "what cannot be read or does not fit: stop, or skip it")
+    encoder_cache: str | None = option(None, "a folder that keeps the encoder's frames, computed once; None = no cache")
     augment: list[str] = option([], "gain, speed, noise:FOLDER, room, telephone, mask: in this order")
     projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
     save_best_by: str | None = option(None, "wer, cer, loss: keep the --save_total_limit best checkpoints and the last")
@@ -383,6 +384,10 @@ def main(argv: list[str] | None = None) -> None:
         from augment import Chain  # an option
 
         datasets["trained on"].augment = Chain(data.augment)
+    if data.encoder_cache:
+        import frame_cache  # an option
+
+        frame_cache.use(model, datasets, data, args)
     facts = {}  # for config.json and experiment.md
     for use, part in datasets.items():
         size = f"{len(part):,} utterances, {part.seconds.sum() / 3600:.2f} hours"

@@ -28,6 +28,16 @@ def test_compare_prints_what_is_gained_over_the_fixed_recipe(capsys):
     assert len(figures["train_peak_above_weights_mb"]) == 3
 
 
+@pytest.mark.parametrize(("frames", "audio"), [("cache", "flac"), ("none", "memory")])
+def test_training_can_be_measured_without_the_encoder(frames, audio, capsys):
+    flags = f"{TINY} --decode_batches 0 --frames {frames} --audio {audio}"
+    benchmark.main([*flags.split(), "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["train_audio_seconds_a_second"] > 0
+    assert ("fill_audio_seconds_a_second" in figures) == (frames == "cache")
+    assert 0 <= figures["train_encoder_padding_share"] < 0.5  # of frames
+
+
 def test_the_fixed_recipe_has_the_same_loss(model):
     batch = make_batch(model)
     fixed = benchmark.fix(batch)
@@ -44,7 +54,9 @@ def test_padding_is_no_useful_work(model):
     assert together == benchmark.count_work(model, seconds, make_batch(model))["operations"]
 
 
-@pytest.mark.parametrize("flags", ["--mean_seconds 40", "--steps 51", "--llm none", "--device abacus", "--stpes 1"])
+@pytest.mark.parametrize(
+    "flags", ["--mean_seconds 40", "--steps 51", "--llm none", "--device abacus", "--stpes 1", "--frames none"]
+)
 def test_wrong_flags_end_with_one_line_and_status_2(capsys, flags):
     with pytest.raises(SystemExit) as exit:
         benchmark.main(flags.split())

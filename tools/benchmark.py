@@ -4,6 +4,11 @@ python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5         
 python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --fixed    # the old recipe: 30 s, 512 tokens
 python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --compare  # both in turns, and their ratios
 python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --compare="--lora_r 8"  # what LoRA costs
+
+Training from cached frames (--encoder_cache), against the encoder at work, and against no audio and no encoder at all:
+
+python -m tools.benchmark --frames cache --audio wav --decode_batches 0 --compare="--frames encoder"
+python -m tools.benchmark --frames cache --audio wav --decode_batches 0 --compare="--frames none --audio memory"
 """
 
 import argparse
@@ -11,14 +16,18 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
+import soundfile
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,6 +45,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 
 from dataset import IGNORE, SpeechDataset, collate
 from errors import InputError, run
+from frame_cache import CachedEncoder, use
 from manifest import SAMPLE_RATE, SPEECH
 from model import SpeechLLM, SpeechLLMConfig, WhisperEncoder, build_projector
 from projectors import PROJECTORS
@@ -76,6 +86,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mean_seconds", type=float, default=4.5, help="mean length of the clips, up to 20 seconds (default: 4.5)")
     add("--fixed", action="store_true", help="the old recipe: audio padded to 30 s, text to 512 tokens, all logits")
     add("--projector", choices=["conv1d", *PROJECTORS], default="conv1d", help="default: conv1d")
+    add("--frames", choices=["encoder", "cache", "none"], default="encoder",
+        help="in training: encoded each time, from --encoder_cache (filled before, which is a figure of its own), or "
+        "random ones, without audio and encoder (default: encoder)")  # fmt: skip
+    add("--audio", choices=["memory", "wav", "flac"], default="memory", help="where the samples are (default: memory)")
     add("--lora_r", type=int, default=0, help="rank of LoRA on the LLM, 0 = none (default: 0)")
     add("--compare", nargs="?", const="--fixed", metavar="FLAGS",
         help="run without and with these flags in turns, each in a process of its own (default: --fixed)")  # fmt: skip
@@ -95,6 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name} {getattr(args, name):g}: wanted {least} to {most}")
+    if args.frames != "encoder" and args.decode_batches:
+        parser.error(f"--frames {args.frames} is of training alone; wanted --decode_batches 0")
     return args
 
 
@@ -133,10 +149,10 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
     return model
 
 
-def make_dataset(model: SpeechLLM, args: argparse.Namespace) -> SpeechDataset:
+def make_dataset(model: SpeechLLM, args: argparse.Namespace, folder: Path) -> SpeechDataset:
     """Noise with random transcripts; lengths spread like speech corpora's: 30 % of the mean, 0.4 to 2 times the mean.
 
-    AISHELL-1 has 4.5 s with a deviation of 1.4 s; LibriSpeech 12.3 s with 3.8 s, up to 24.5 s.
+    AISHELL-1 has 4.5 s with a deviation of 1.4 s; LibriSpeech 12.3 s with 3.8 s, up to 24.5 s. `folder` is for --audio.
     """
     random = np.random.default_rng(0)
     noise = random.normal(0, 0.1, 40 * SAMPLE_RATE).astype(np.float32)  # clips are views of it and take no memory
@@ -145,8 +161,38 @@ def make_dataset(model: SpeechLLM, args: argparse.Namespace) -> SpeechDataset:
     for index, seconds in enumerate(random.normal(mean, 0.3 * mean, count).clip(0.4 * mean, min(2 * mean, 30))):
         start, words = random.integers(SAMPLE_RATE), random.integers(20, 1000, max(1, round(TOKENS_A_SECOND * seconds)))
         wav = noise[start : start + round(seconds * SAMPLE_RATE)]
+        if args.audio != "memory":
+            soundfile.write(folder / f"{index}.{args.audio}", wav, SAMPLE_RATE)
+            wav = str(folder / f"{index}.{args.audio}")
         records.append({"where": f"clip {index}", "wav": wav, "txt": " ".join(f"w{i}" for i in words)})
     return model.make_dataset(records)
+
+
+def replace_encoder(
+    model: SpeechLLM, dataset: SpeechDataset, positions: np.ndarray, args: argparse.Namespace, folder: Path
+) -> dict[str, float]:
+    """Put a cache of the clips at these positions, or random frames, in the encoder's place; figures of the filling.
+
+    Noise takes as long as speech, but for flac files, of which those of noise are larger.
+    """
+    figures, width, dtype = {}, model.encoder.output_size, getattr(torch, args.dtype)
+    if args.frames == "cache":
+        part = copy(dataset)
+        part.indices, part.seconds = dataset.indices[positions], dataset.seconds[positions]
+        data = SimpleNamespace(augment=[], check=0, encoder_cache=str(folder / "cache"))
+        training = SimpleNamespace(device=torch.device(args.device), process_index=0, world_size=1)
+        training.per_device_train_batch_size, training.dataloader_num_workers = args.batch_size, args.num_workers
+        begin = time.perf_counter()
+        with redirect_stdout(sys.stderr):  # standard output is for the figures
+            use(model, {"trained on": part}, data, training)
+        figures["fill_audio_seconds_a_second"] = float(part.seconds.sum()) / (time.perf_counter() - begin)
+    else:
+        frames = torch.randn(1500, width).bfloat16()  # of 30 s
+        extract = lambda samples: frames[: len(samples) // 320]  # noqa: E731
+        model.encoder = CachedEncoder(SimpleNamespace(extract=extract, width=width), dtype)
+        model.embedding_counts = model.num_embeddings(torch.arange(len(frames) + 1)).numpy()
+    dataset.extract, dataset.embedding_counts = model.encoder.extract, model.embedding_counts
+    return figures
 
 
 def pick(groups: np.ndarray, count: int) -> np.ndarray:
@@ -174,14 +220,17 @@ def count_work(model: SpeechLLM, seconds: Tensor, batch: dict[str, Tensor]) -> d
     backward 2 for the gradient of the input and 2 for that of the weight: frozen weights have no gradient, the encoder
     no backward. Attention without the half that the causal mask hides; the vocabulary only where there are labels.
     """
-    features = (100 * seconds).long()
+    is_cached = isinstance(model.encoder, CachedEncoder)
+    features = ((50 if is_cached else 100) * seconds).long()  # those of a cache are frames
     frames, speech = model.encoder.output_lengths(features), model.num_embeddings(features)
     texts = (batch["attention_mask"].bool() & (batch["input_ids"] != SPEECH)).sum(1)  # prompt and transcript
     tokens, labels = texts + speech, (batch["labels"] != IGNORE).sum(1)
 
-    encoder, projector, llm, config = model.encoder.model, model.projector, model.llm, model.llm.config
-    work = 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.layers)) * frames
-    work += len(encoder.layers) * 4 * frames**2 * model.encoder.output_size
+    projector, llm, config, work = model.projector, model.llm, model.llm.config, torch.zeros(len(seconds))
+    if not is_cached:
+        encoder = model.encoder.model
+        work += 2 * size(encoder.conv1) * features + 2 * (size(encoder.conv2) + size(encoder.layers)) * frames
+        work += len(encoder.layers) * 4 * frames**2 * model.encoder.output_size
     first = next(m for m in projector.modules() if isinstance(m, (nn.Linear, nn.Conv1d)))
     work += (6 * size(projector) - 2 * size(first)) * speech
     work += 4 * size(llm.model) * tokens + config.num_hidden_layers * 6 * tokens**2 * config.hidden_size
@@ -224,12 +273,17 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace) -> dict[str, float]:
+def measure_training(
+    model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace, folder: Path
+) -> dict[str, float]:
     """Figures of `steps` optimiser steps over batches as train.py makes them, from audio in memory to new weights."""
     order = [position for _, position in LengthSampler(dataset.durations, args.batch_size, seed=0)]
     batches = np.array(order[: GROUP * args.batch_size]).reshape(GROUP, -1)
     batches = pick(batches[dataset.durations[batches].mean(1).argsort()], args.steps)
     batches = [batches[-1], *batches]  # the longest warms up
+    figures = {}
+    if args.frames != "encoder":
+        figures = replace_encoder(model, dataset, np.unique(batches), args, folder)
     memory_before = reset_peak(args.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     autocast = partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
@@ -253,7 +307,7 @@ def measure_training(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
         counts.append(count_work(model, torch.tensor(dataset.durations[batch["index"]]), batch))
     total = {name: sum(count[name] for count in counts[1:]) for name in counts[0]}
     seconds, rate = sum(times[1:]), median(rates[1:])
-    return {
+    return figures | {
         "train_audio_seconds_a_second": total["seconds"] / seconds,
         "train_mean_clip_seconds": total["seconds"] / args.steps / args.batch_size,
         "train_encoder_padding_share": 1 - total["features"] / total["padded_features"],
@@ -327,9 +381,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         torch.manual_seed(0)
         model = build_model(args)
-        dataset = make_dataset(model, args)
-        figures = measure_training(model, dataset, args) if args.steps else {}
-        figures |= measure_decoding(model, dataset, args) if args.decode_batches else {}
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = make_dataset(model, args, Path(folder))
+            figures = measure_training(model, dataset, args, Path(folder)) if args.steps else {}
+            figures |= measure_decoding(model, dataset, args) if args.decode_batches else {}
     if args.json:
         return print(json.dumps(figures))
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
