@@ -196,8 +196,8 @@ def windows_of(recording: Recording, detector: SileroDetector | EnergyDetector) 
                 start = max(begin - MARGIN, 0)
                 room = recording.num_samples - (first + start) * FRAME  # the last frame was padded
                 samples = frames[start:stop].reshape(-1)[:room]
-                times = [min((first + n) * FRAME, recording.num_samples) / SAMPLE_RATE for n in (begin, end)]
-                yield Window(*times, samples)
+                last = min((first + end) * FRAME, recording.num_samples)
+                yield Window(float((first + begin) * FRAME / SAMPLE_RATE), float(last / SAMPLE_RATE), samples)
             frames, is_speech, first = frames[stop:], is_speech[stop:], first + stop
         spare = max((is_speech.argmax() if is_speech.any() else len(is_speech)) - MARGIN, 0)  # frames of a long pause
         frames, is_speech, first = frames[spare:], is_speech[spare:], first + spare
@@ -351,7 +351,7 @@ def transcribe_files(
     """Write the text of each audio file to its path, once it is done. Raises InputError if one was not read whole."""
     records = [{"wav": name, "where": f"audio {number}"} for number, name in enumerate(audio, 1)]
     dataset, unread = model.decoding_dataset(records, options), []
-    layout = "{l_bar}{bar}| {n:.0f} of {total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
+    layout = "{l_bar}{bar}| {n:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
     begin, total = time.perf_counter(), float(dataset.durations.sum())
     with tqdm(total=total, bar_format=layout) as bar:
 
