@@ -9,6 +9,7 @@ batches of windows are in memory, however long the file is.
 """
 
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -99,9 +100,7 @@ def samples_of(clip: Clip) -> Iterator[np.ndarray]:
     with open_audio(clip):  # raises BadUtterance if the header of a wav file promises more
         pass
     if count < wanted - 0.1 * rate:
-        raise BadUtterance(
-            f"{clip.audio}: cut off after {count / rate:.2f} s; its header promises {wanted / rate:.2f} s"
-        )
+        raise BadUtterance(f"{clip.audio}: cut off after {count / rate:.2f} s of {wanted / rate:.2f} s")
 
 
 # Where somebody speaks
@@ -163,7 +162,11 @@ class EnergyDetector:
         return levels > noise + max(4, 0.3 * (speech - noise))
 
 
-def load_detector() -> SileroDetector | EnergyDetector:
+Detector = SileroDetector | EnergyDetector
+
+
+def load_detector() -> Detector:
+    """silero-vad where it is installed, else the energy, and a warning says so."""
     try:
         return SileroDetector()
     except ImportError:
@@ -181,7 +184,7 @@ class Window(NamedTuple):  # a stretch of a recording, cut out for decoding
     samples: np.ndarray  # (S,), with some of the pauses around the speech
 
 
-def windows_of(recording: Recording, detector: SileroDetector | EnergyDetector) -> Iterator[Window]:
+def windows_of(recording: Recording, detector: Detector) -> Iterator[Window]:
     """The windows of a recording, in order, all speech of it in one of them each."""
     frames, is_speech = np.zeros((0, FRAME), np.float32), np.zeros(0, bool)  # what is in no window yet
     first = 0  # number of its first frame
@@ -208,7 +211,7 @@ def first_window(frames: np.ndarray, is_speech: np.ndarray, is_last: bool) -> tu
     spoken = np.flatnonzero(is_speech)
     if not len(spoken):
         return None
-    pauses = np.flatnonzero(np.diff(spoken) > PAUSE)  # behind spoken[pauses[i]]
+    pauses = np.flatnonzero(np.diff(spoken) > PAUSE)  # the first is behind spoken[pauses[0]]
     begin, end = spoken[0], spoken[pauses[0] if len(pauses) else -1] + 1
     stop = min(end + MARGIN, len(frames))
     if end - begin > LONGEST:
@@ -216,7 +219,7 @@ def first_window(frames: np.ndarray, is_speech: np.ndarray, is_last: bool) -> tu
         stop = last - LAST_SECONDS + quietest(frames[last - LAST_SECONDS : last])
         end = spoken[spoken < stop][-1] + 1
         return begin, end, stop
-    is_over = len(pauses) or is_last or len(frames) - end > PAUSE
+    is_over = len(pauses) or is_last or len(frames) - end >= PAUSE
     return (begin, end, stop) if is_over else None
 
 
@@ -235,9 +238,7 @@ class Transcript:
 
     index: int  # of the record
     record: dict
-    segments: list[dict] = field(
-        default_factory=list
-    )  # "start", "end" in seconds, "text", and what the options ask for
+    segments: list[dict] = field(default_factory=list)  # "start", "end" (seconds), "text", and what the options add
     seconds: float = 0.0  # of audio that were read
     unread: str | None = None  # why it could not be read, or not to its end
 
@@ -262,7 +263,7 @@ def decode(
     model: "SpeechLLM", dataset: SpeechDataset, positions: Sequence[int], batch_size: int, options: DecodingOptions
 ) -> Iterator[list[Hypothesis]]:
     """Yield the hypothesis, with `segments`, of each example of a dataset, in the order of the positions."""
-    for transcript in transcripts(model, dataset, positions, batch_size, options):
+    for transcript in transcripts(model, dataset, positions, batch_size, options, load_detector()):
         yield [transcript.hypothesis()]
 
 
@@ -272,13 +273,14 @@ def transcripts(
     positions: Sequence[int],
     batch_size: int,
     options: DecodingOptions,
+    detector: Detector,
     progress: Callable[[float], object] = lambda seconds: None,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each example; `progress` is called with the seconds of audio that were just done."""
     if options.do_sample:
         raise InputError("--timestamps: long audio is decoded by a beam search; wanted no --do_sample")
     options, done = replace(options, timestamps=False), 0.0  # of the windows; seconds of the record
-    windows, size = windows_of_records(dataset, positions), BATCHES * batch_size
+    windows, size = windows_of_records(dataset, positions, detector), BATCHES * batch_size
     with ThreadPoolExecutor(1) as pool:  # reads the next windows while these are decoded
         future = pool.submit(lambda: list(islice(windows, size)))
         while group := future.result():
@@ -297,9 +299,10 @@ def transcripts(
                     yield transcript
 
 
-def windows_of_records(dataset: SpeechDataset, positions: Sequence[int]) -> Iterator[tuple[Transcript, Window | None]]:
+def windows_of_records(
+    dataset: SpeechDataset, positions: Sequence[int], detector: Detector
+) -> Iterator[tuple[Transcript, Window | None]]:
     """Each window of each record, beside the transcript that it belongs to; None behind a record's last window."""
-    detector = load_detector()
     for index in dataset.indices[list(positions)].tolist():
         record = dataset.records[index]
         transcript, problem = Transcript(index, record), "a conversation; --timestamps is for records with 'wav'"
@@ -349,6 +352,7 @@ def transcribe_files(
     options: DecodingOptions,
 ) -> None:
     """Write the text of each audio file to its path, once it is done. Raises InputError if one was not read whole."""
+    detector = load_detector()  # before the bar, for it may have something to say
     records = [{"wav": name, "where": f"audio {number}"} for number, name in enumerate(audio, 1)]
     dataset, unread = model.decoding_dataset(records, options), []
     layout = "{l_bar}{bar}| {n:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
@@ -358,19 +362,20 @@ def transcribe_files(
         def progress(seconds: float) -> None:
             real_time_factor = (time.perf_counter() - begin) / max(bar.n + seconds, 0.01)
             bar.set_postfix(RTF=f"{real_time_factor:.4f}", refresh=False)
+            bar.total = max(bar.total, bar.n + seconds)  # a file that was cut off counted for nothing
             bar.update(seconds)
 
-        for transcript in transcripts(model, dataset, range(len(dataset)), batch_size, options, progress):
+        for transcript in transcripts(model, dataset, range(len(dataset)), batch_size, options, detector, progress):
             unread += [transcript.unread] * bool(transcript.unread)
             for segment in transcript.segments:
                 if "problem" in segment:
-                    warnings.warn(segment["problem"], stacklevel=2)
+                    tqdm.write(f"warning: {segment['problem']}", file=sys.stderr)
             if transcript.seconds:
                 text, path = FORMATS[format](audio[transcript.index], transcript.hypothesis()), paths[transcript.index]
                 if path:
                     path.write_text(text, encoding="utf-8")
                 else:
-                    print(text, end="")
+                    tqdm.write(text, end="")  # on standard output; takes the bar off the line first
     if unread:
         raise InputError("; ".join(unread))
 
