@@ -216,9 +216,8 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     options = DecodingOptions(**{option.name: getattr(args, option.name) for option in fields(DecodingOptions)})
-    if (options.confidence or options.nbest > 1) and not (args.result_path or args.format or "").endswith(
-        ("jsonl", "json")
-    ):
+    output = args.result_path or f".{args.format}"
+    if (options.confidence or options.nbest > 1) and not output.endswith((".jsonl", ".json")):
         raise InputError("--confidence, --nbest: no room for them; wanted --result_path NAME.jsonl or --format json")
     if args.data_path:
         with only_writer_of(args.result_path):
