@@ -287,7 +287,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
         if check_length and self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
             sizes = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript do not fit"
-            raise BadUtterance(f"{sizes} in {self.max_length} (--model_max_length, or what --max_new_tokens leaves)")
+            cure = "recognize.py --timestamps or --format cuts long audio at pauses"
+            limit = f"{self.max_length} (--model_max_length, or what --max_new_tokens leaves)"
+            raise BadUtterance(f"{sizes} in {limit}; {cure}")
         return {"prompt_ids": prompt_ids, "target_ids": target_ids, "features": sum(features, [])}
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:

@@ -212,6 +212,7 @@ class DecodingOptions:
     seed: int = option(0, "of samples, which depend on it and the number of the line, on no batch", least=0, ours=True)
     nbest: int = option(1, "transcripts of a clip, with their log-probabilities", least=1, ours=True)
     confidence: bool = option(False, "rate each word and line, from 0 to 1", ours=True)
+    timestamps: bool = option(False, "cut audio of any length at pauses: segments with their times", ours=True)
 
     def __post_init__(self):
         for each in fields(self):
@@ -226,7 +227,7 @@ class DecodingOptions:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What was recognised in the record `index`; the last four as options ask. See confidence.py for the numbers."""
+    """What was recognised in the record `index`; the last five as options ask. See confidence.py for the numbers."""
 
     index: int
     text: str
@@ -235,3 +236,4 @@ class Hypothesis:
     confidence: float | None = None  # 0 to 1
     words: list[dict] | None = None  # {"word": str, "confidence": 0 to 1}
     alternatives: list[dict] | None = None  # {"text": str, "log_probability": float}; of beams the second best first
+    segments: list[dict] | None = None  # {"start": seconds, "end": seconds, "text": str}; see long_audio.py

@@ -551,6 +551,10 @@ class SpeechLLM(PreTrainedModel):
         order = sorted(positions, key=lambda position: -dataset.seconds[position])
         loading = {"collate_fn": partial(collate, with_targets=False), "num_workers": num_workers}
         with self.in_eval_mode():
+            if options.timestamps:
+                import long_audio  # an option
+
+                return (yield from long_audio.decode(self, dataset, order, batch_size, options))
             for batch in DataLoader(dataset, batch_size, sampler=order, **loading):
                 yield self.decode_batch(batch, dataset, options)
 
@@ -589,10 +593,11 @@ class SpeechLLM(PreTrainedModel):
             hypotheses.append(Hypothesis(index, "", bad) if bad else scored)
         return hypotheses
 
-    def transcribe(self, audio, batch_size: int = 16, num_workers: int = 0, **keywords) -> str | list[str]:
+    def transcribe(self, audio, batch_size: int = 16, num_workers: int = 0, **keywords) -> str | list:
         """The transcript of an audio file (or of samples (S,) at 16 kHz); of a list, the list of transcripts.
 
-        `keywords` are fields of DecodingOptions. What cannot be read has an empty transcript, and a warning says why.
+        `keywords` are fields of DecodingOptions. With timestamps=True the audio may last hours, and a transcript is a
+        list of segments. What cannot be read has an empty transcript, and a warning says why.
         """
         options, clips = DecodingOptions(**keywords), audio if isinstance(audio, (list, tuple)) else [audio]
         if options.nbest > 1 or options.confidence:
@@ -603,7 +608,7 @@ class SpeechLLM(PreTrainedModel):
         for hypothesis in hypotheses:
             if hypothesis.problem:
                 warnings.warn(hypothesis.problem, stacklevel=2)
-        texts = [hypothesis.text for hypothesis in hypotheses]
+        texts = [hypothesis.segments if options.timestamps else hypothesis.text for hypothesis in hypotheses]
         return texts if clips is audio else texts[0]
 
     # What is trained

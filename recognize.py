@@ -49,6 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         text = f"{option.metadata['help']} (default: {option.default})"
         kind = {"action": "store_true"} if option.type is bool else {"type": option.type}
         add(f"--{option.name}", default=option.default, help=text, **kind)
+    add("--format", choices=("txt", "srt", "vtt", "json"), help="segments with times, of an audio file of any length")
+    add("--output_dir", help="where --format puts a file for each audio file (default: standard output, for one)")
     add("--batch_size", type=int, default=16, help="utterances decoded together (default: 16)")
     add("--num_workers", type=int, default=2, help="processes that read audio; 0 = none (default: 2)")
     add("--device", help="default: this process's GPU if there is one, else cpu")
@@ -60,6 +62,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("wanted --model_path, or --projector_model_path with the encoder and the LLM")
     if bool(args.audio) == bool(args.data_path) or bool(args.data_path) != bool(args.result_path):
         parser.error("wanted either audio files, or --data_path and --result_path")
+    wants_format = args.output_dir or (args.audio and args.timestamps)
+    if (args.format and args.data_path) or (wants_format and not args.format):
+        parser.error("wanted --format, perhaps with --output_dir, for audio files, and --timestamps for a manifest")
     return args
 
 
@@ -211,11 +216,17 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     options = DecodingOptions(**{option.name: getattr(args, option.name) for option in fields(DecodingOptions)})
-    if (options.confidence or options.nbest > 1) and not (args.result_path or "").endswith(".jsonl"):
-        raise InputError("--confidence, --nbest: nothing else has room for them; wanted --result_path NAME.jsonl")
+    output = args.result_path or f".{args.format}"
+    if (options.confidence or options.nbest > 1) and not output.endswith((".jsonl", ".json")):
+        raise InputError("--confidence, --nbest: no room for them; wanted --result_path NAME.jsonl or --format json")
     if args.data_path:
         with only_writer_of(args.result_path):
             return recognize_manifest(args, options)
+    if args.format:
+        import long_audio  # an option
+
+        paths = long_audio.output_paths(args.audio, args.format, args.output_dir)  # told before the model is loaded
+        return long_audio.transcribe_files(load_model(args), args.audio, paths, args.format, args.batch_size, options)
     print(*load_model(args).transcribe(args.audio, args.batch_size, args.num_workers, **asdict(options)), sep="\n")
 
 
