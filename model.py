@@ -412,6 +412,10 @@ class SpeechLLM(PreTrainedModel):
         # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
         self.llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
 
+    def prompt_ids(self) -> list[int]:
+        """Token ids of the model's own prompt up to <audio>."""
+        return render_prompt(self.tokenizer, self.config.prompt, self.config.system_prompt)[0][0]
+
     def embed_speech(self, feature_lengths: Tensor, input_features=None, input_values=None) -> Tensor:
         """Speech embeddings (sum of N, H), those of each clip in turn, of features (A, F, M) or samples (A, S)."""
         features = input_values if input_features is None else input_features  # (A, S) or (A, F, M)
@@ -482,7 +486,10 @@ class SpeechLLM(PreTrainedModel):
             return CausalLMOutput(logits=self.llm(**inputs).logits)
         if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] > mask.shape[1]:
             raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
+        import prompt_once  # an option
+
         labels = labels[:, -(mask.shape[1] - 1) :]  # K is at most L - 1: nothing predicts the first position
+        inputs = prompt_once.for_training(self.llm, self.prompt_ids(), inputs, labels)  # the tokens before <audio>
         # Position i predicts label i + 1: take the logits of the last K + 1 positions, without those of the very last.
         logits = self.llm(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()  # (B, K, V)
         options = {"reduction": "sum", "label_smoothing": self.label_smoothing if self.training else 0.0}
@@ -515,6 +522,9 @@ class SpeechLLM(PreTrainedModel):
                 import inputs  # an option
 
                 llm_inputs = inputs.pad_to_the_left(**llm_inputs)
+            import prompt_once  # an option
+
+            llm_inputs = prompt_once.for_decoding(self.llm, self.prompt_ids(), llm_inputs, options)
             return self.llm.generate(**llm_inputs, **options)  # from embeddings it returns new tokens alone
 
     def tensors_of(self, batch: dict) -> dict[str, Tensor]:
@@ -759,7 +769,7 @@ class SpeechLLM(PreTrainedModel):
                 for name in shapes:
                     if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
                         self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
-                    parameters[name].data.copy_(file.get_tensor(name))  # one tensor in memory at a time
+                    parameters[name].detach().copy_(file.get_tensor(name))  # one tensor in memory at a time
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot read the trained weights ({error})") from None
         self.ever_trained |= shapes.keys()  # so that they are saved again
