@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -65,15 +66,17 @@ def for_training(llm: PreTrainedModel, prompt_ids: list[int], inputs: dict[str, 
     `inputs` are inputs_embeds, attention_mask and position_ids; labels (B, K) are those of the last K positions.
     """
     embeds, mask, positions = (inputs[name] for name in ("inputs_embeds", "attention_mask", "position_ids"))
-    layers = [layer for layer in llm.modules() if isinstance(layer, GradientCheckpointingLayer)]
     are_trained = torch.is_grad_enabled() and any(p.requires_grad for p in llm.parameters())
-    if not IS_ON or are_trained or not is_deterministic(llm, layers):
+    if not IS_ON or are_trained or is_random(llm):
         return inputs
-    for layer in layers:
-        layer._can_checkpoint_with_cache = True  # activations are computed again from the same ConstantLayer
+    for layer in llm.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer._can_checkpoint_with_cache = True  # it computes its activations again, from the same ConstantLayer
     prompt = prompt_of(llm, prompt_ids)
-    first = positions[:, -labels.shape[1] :].masked_fill(labels == IGNORE, mask.shape[1]).min()  # that has a label
-    most = (first - 1).clamp(max=mask.shape[1] - labels.shape[1] - 1)  # the token before a label predicts it
+    num_wanted = labels.shape[1] + 1  # logits of a row: the token before a label predicts it
+    labels = F.pad(labels, (mask.shape[1] - labels.shape[1], 0), value=IGNORE)  # (B, L)
+    first = positions.masked_fill(labels == IGNORE, mask.shape[1]).min()  # position of a label
+    most = (first - 1).clamp(max=mask.shape[1] - num_wanted)
     size = common_size(prompt, embeds, mask, positions, most) if mask.shape[1] <= prompt.longest else 0
     if size < FEWEST:
         return inputs
@@ -104,15 +107,17 @@ def for_decoding(llm: PreTrainedModel, prompt_ids: list[int], inputs: dict[str, 
     return {"inputs_embeds": embeds, "attention_mask": prompt_first(mask, positions, size), "past_key_values": cache}
 
 
-def is_deterministic(llm: PreTrainedModel, layers: list[GradientCheckpointingLayer]) -> bool:
-    """Whether a forward pass makes the same of the same tokens each time: without dropout and NEFTune.
+def is_random(llm: PreTrainedModel) -> bool:
+    """Whether a forward pass may make something else of the same tokens each time, by dropout or NEFTune.
 
-    In training mode are then the embedding at most, for NEFTune, and `layers` themselves, to compute their activations
-    again; their parts have a mode of their own.
+    In a frozen LLM without either, two kinds of modules are in training mode: the embedding, where NEFTune would be,
+    and layers that compute their activations again. OPT's have a dropout of their own, others in modules inside.
     """
     embedding = llm.get_input_embeddings()
-    has_noise = embedding.training and hasattr(embedding, "neftune_noise_alpha")
-    return not has_noise and not any(m.training for m in set(llm.modules()) - {embedding, *layers})
+    if embedding.training and hasattr(embedding, "neftune_noise_alpha"):
+        return True
+    layers = {m for m in llm.modules() if isinstance(m, GradientCheckpointingLayer) and not vars(m).get("dropout")}
+    return any(module.training for module in llm.modules() if module is not embedding and module not in layers)
 
 
 def prompt_of(llm: PreTrainedModel, prompt_ids: list[int]) -> Prompt:
