@@ -42,6 +42,7 @@ from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptio
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
+SHORT_PROMPT = 8  # tokens before <audio>; what the LLM makes of more is computed once, not for every batch
 AUDIO_OF_BATCH = {"input_features", "input_values", "feature_lengths"}  # a batch of `collate` has two of them
 AUDIO_INPUTS = AUDIO_OF_BATCH | {"audio_attention_mask", "speech_embeds"}
 
@@ -407,6 +408,7 @@ class SpeechLLM(PreTrainedModel):
             raise InputError(f"{name}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
         if len(pieces) != 2:
             raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it or in --chat_template, once")
+        self.prompt_ids = pieces[0]  # token ids up to <audio>
         stop_ids = np.atleast_1d(self.llm.generation_config.eos_token_id).tolist()  # one, several or None
         stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})  # any of them ends an answer
         # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
@@ -483,6 +485,10 @@ class SpeechLLM(PreTrainedModel):
         if labels.ndim != 2 or len(labels) != len(mask) or labels.shape[1] > mask.shape[1]:
             raise ValueError(f"labels: found shape {tuple(labels.shape)} for positions of shape {tuple(mask.shape)}")
         labels = labels[:, -(mask.shape[1] - 1) :]  # K is at most L - 1: nothing predicts the first position
+        if len(self.prompt_ids) > SHORT_PROMPT:
+            import prompt_once  # an option
+
+            inputs = prompt_once.for_training(self.llm, self.prompt_ids, inputs, labels)
         # Position i predicts label i + 1: take the logits of the last K + 1 positions, without those of the very last.
         logits = self.llm(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()  # (B, K, V)
         options = {"reduction": "sum", "label_smoothing": self.label_smoothing if self.training else 0.0}
@@ -515,6 +521,10 @@ class SpeechLLM(PreTrainedModel):
                 import inputs  # an option
 
                 llm_inputs = inputs.pad_to_the_left(**llm_inputs)
+            if len(self.prompt_ids) > SHORT_PROMPT:
+                import prompt_once  # an option
+
+                llm_inputs = prompt_once.for_decoding(self.llm, self.prompt_ids, llm_inputs, options)
             return self.llm.generate(**llm_inputs, **options)  # from embeddings it returns new tokens alone
 
     def tensors_of(self, batch: dict) -> dict[str, Tensor]:
@@ -764,7 +774,7 @@ class SpeechLLM(PreTrainedModel):
                 for name in shapes:
                     if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
                         self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
-                    parameters[name].data.copy_(file.get_tensor(name))  # one tensor in memory at a time
+                    parameters[name].detach().copy_(file.get_tensor(name))  # one tensor in memory at a time
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot read the trained weights ({error})") from None
         self.ever_trained |= shapes.keys()  # so that they are saved again

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import prompt_once
 from dataset import collate
 from tools import benchmark
 
@@ -36,6 +37,19 @@ def test_training_can_be_measured_without_the_encoder(frames, audio, capsys):
     assert figures["train_audio_seconds_a_second"] > 0
     assert ("fill_audio_seconds_a_second" in figures) == (frames == "cache")
     assert 0 <= figures["train_encoder_padding_share"] < 0.5  # of frames
+
+
+def test_compare_prints_what_is_gained_by_the_prompt_once(capsys, monkeypatch):
+    monkeypatch.setattr(prompt_once, "IS_ON", True)
+    args = benchmark.parse([*TINY.split(), "--prompt_tokens", "24"])
+    assert len(benchmark.build_model(args).prompt_ids) == 24
+    benchmark.main([*TINY.split(), "--compare=--prompt_anew", "--repeats", "1", "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    for name in ("train_audio_seconds_a_second", "decode_audio_seconds_a_second"):
+        assert len(figures[name]) == 3
+    assert prompt_once.IS_ON
+    benchmark.main([*TINY.split(), "--prompt_anew", "--json"])
+    assert not prompt_once.IS_ON
 
 
 def test_the_fixed_recipe_has_the_same_loss(model):

@@ -9,6 +9,7 @@ Training from cached frames (--encoder_cache), against the encoder at work, and 
 
 python -m tools.benchmark --frames cache --audio wav --decode_batches 0 --compare="--frames encoder"
 python -m tools.benchmark --frames cache --audio wav --decode_batches 0 --compare="--frames none --audio memory"
+python -m tools.benchmark --mean_seconds 2 --prompt_tokens 24 --compare=--prompt_anew  # what prompt_once.py gains
 """
 
 import argparse
@@ -43,10 +44,11 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
+import prompt_once
 from dataset import IGNORE, SpeechDataset, collate
 from errors import InputError, run
 from frame_cache import CachedEncoder, use
-from manifest import SAMPLE_RATE, SPEECH
+from manifest import PROMPT, SAMPLE_RATE, SPEECH
 from model import SpeechLLM, SpeechLLMConfig, WhisperEncoder, build_projector
 from projectors import PROJECTORS
 from train import LengthSampler
@@ -72,6 +74,7 @@ CHAT = (
     "<|im_start|> system You are a helpful assistant . <|im_end|> {% for m in messages %}"
     "<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}<|im_start|> assistant "
 )
+CHAT_TOKENS = 11  # of it before the user's turn
 FIXED_TOKENS = 512  # positions of every text in the old recipe
 TOKENS_A_SECOND = 3.5  # of transcript: English words at 2.7 a second with 1.3 tokens each
 GROUP = 50  # batches among which LengthSampler sorts
@@ -91,6 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "random ones, without audio and encoder (default: encoder)")  # fmt: skip
     add("--audio", choices=["memory", "wav", "flac"], default="memory", help="where the samples are (default: memory)")
     add("--lora_r", type=int, default=0, help="rank of LoRA on the LLM, 0 = none (default: 0)")
+    add("--prompt_tokens", type=int, default=CHAT_TOKENS, help="before <audio>, 11 or more (default: 11; SmolLM2: 24)")
+    add("--prompt_anew", action="store_true", help="the LLM reads them in every batch, as without prompt_once.py")
     add("--compare", nargs="?", const="--fixed", metavar="FLAGS",
         help="run without and with these flags in turns, each in a process of its own (default: --fixed)")  # fmt: skip
     add("--repeats", type=int, default=3, help="turns of --compare, of which medians are given (default: 3)")
@@ -106,6 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     limits = {"mean_seconds": (0.5, 20), "steps": (0, GROUP), "decode_batches": (0, GROUP)}
     limits |= {name: (1, 1000) for name in ("repeats", "batch_size", "decode_batch_size")}
+    limits |= {"prompt_tokens": (CHAT_TOKENS, 400)}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"--{name} {getattr(args, name):g}: wanted {least} to {most}")
@@ -137,7 +143,8 @@ def build_model(args: argparse.Namespace) -> SpeechLLM:
         num_mel_bins=mels, d_model=encoder_width, encoder_ffn_dim=4 * encoder_width, encoder_attention_heads=heads,
         encoder_layers=layers,
     )  # fmt: skip
-    config = SpeechLLMConfig(projector=args.projector, pad_to_30s=args.fixed, lora_r=args.lora_r)
+    prompt = "w20 " * (args.prompt_tokens - CHAT_TOKENS) + PROMPT
+    config = SpeechLLMConfig(projector=args.projector, pad_to_30s=args.fixed, lora_r=args.lora_r, prompt=prompt)
     dtype = getattr(torch, args.dtype)
     with torch.device(args.device):
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=dtype)
@@ -216,9 +223,10 @@ def size(module: nn.Module) -> int:
 def count_work(model: SpeechLLM, seconds: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:
     """What a batch of clips of so many seconds holds, and the operations of the matrix products that it needs.
 
-    Only the clips and texts themselves count, no padding. Forward takes 2 operations for a weight and a position,
-    backward 2 for the gradient of the input and 2 for that of the weight: frozen weights have no gradient, the encoder
-    no backward. Attention without the half that the causal mask hides; the vocabulary only where there are labels.
+    Only the clips and texts themselves count, no padding; of each text the prompt, too, though it be computed once.
+    Forward takes 2 operations for a weight and a position, backward 2 for the gradient of the input and 2 for that of
+    the weight: frozen weights have no gradient, the encoder no backward. Attention without the half that the causal
+    mask hides; the vocabulary only where there are labels.
     """
     is_cached = isinstance(model.encoder, CachedEncoder)
     features = ((50 if is_cached else 100) * seconds).long()  # those of a cache are frames
@@ -356,7 +364,7 @@ def compare(argv: list[str], repeats: int, flags: str) -> dict[str, list[float]]
     """Each figure's median over the turns: without the flags, with them, and of the ratios; or the first alone."""
     argv = [arg for arg in argv if not arg.startswith("--compare") and arg != flags]
     turns = []
-    for extra in repeats * [[], [*flags.split(), "--decode_batches=0"]]:
+    for extra in repeats * [[], flags.split() + ["--decode_batches=0"] * ("--fixed" in flags)]:
         # In a process of its own, because the highest memory use is that of a process.
         words = ["-m", "tools.benchmark", *argv, "--json", *extra]
         process = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
@@ -380,6 +388,7 @@ def main(argv: list[str] | None = None) -> None:
         figures = compare(sys.argv[1:] if argv is None else argv, args.repeats, args.compare)
     else:
         torch.manual_seed(0)
+        prompt_once.IS_ON = not args.prompt_anew
         model = build_model(args)
         with tempfile.TemporaryDirectory() as folder:
             dataset = make_dataset(model, args, Path(folder))
