@@ -57,9 +57,7 @@ class DataArguments:
     log_predictions: int = option(0, "clips to show with all that the LLM reads and writes, in training and evaluation")
     log_predictions_steps: int = option(50, "in training show them every so many steps")
     max_batch_seconds: float = option(0, "batches by a budget: clips x the longest, seconds; 0 = by a number of clips")
-    max_batch_tokens: int = option(
-        0, "the same in LLM positions: clips x the longest, of prompt, speech and transcript"
-    )
+    max_batch_tokens: int = option(0, "the same in LLM positions, of prompt, speech and transcript; 0 = any")
     auto_batch: bool = option(False, "try which --max_batch_tokens fits into memory, and train with it")
     overfit: int = option(0, "train on this many clips until no word of them is wrong, or say why not")
     check: int = field(default=0, metadata={"help": "show so many batches, and do not train", "nargs": "?", "const": 1})

@@ -73,13 +73,14 @@ def test_every_clip_comes_once_within_the_budget_in_as_many_batches_in_every_epo
 
 
 @pytest.mark.parametrize(
-    ("lengths", "most"), [(librispeech(), 0.05), (aishell(), 0.08)], ids=["librispeech", "aishell"]
+    ("corpus", "budget", "most"),
+    [(librispeech, (240, NO_LIMIT), 0.02), (aishell, (240, NO_LIMIT), 0.03), (aishell, (NO_LIMIT, 8192), 0.04)],
 )
-@pytest.mark.parametrize("budget", [(240, NO_LIMIT), (NO_LIMIT, 8192)])
-def test_padding_is_a_few_per_cent_of_the_encoder_and_of_the_llm(lengths, most, budget):
+def test_padding_is_a_few_per_cent_of_the_encoder_and_of_the_llm(corpus, budget, most):
+    lengths = corpus()
     epoch = batches(lengths, np.array(budget), np.random.default_rng(0), 8)
     padded = sum(lengths[batch].max(0) * len(batch) for batch in epoch)  # (measures,)
-    assert (1 - lengths.sum(0) / padded < most / 2).all()  # README: no packing, for want of padding
+    assert (1 - lengths.sum(0) / padded < most).all()  # README: no packing, for want of padding
     used = padded / len(epoch) / np.array(budget)
     assert used.max() > 0.93  # the batches are full, too
 
@@ -124,14 +125,11 @@ def test_positions_are_those_of_the_examples_or_one_or_two_more(any_model, varia
     records[2]["prompt"] = f"Say it: {AUDIO} in other words"
     turns = [{"role": "user", "content": f"{AUDIO} and {AUDIO}", "audio": [noise(1.2), noise(3.4)]}]
     turns += [{"role": "assistant", "content": "hello world"}]
-    records.append({"where": "a:7", "messages": turns})
+    if "pad_to_30s" not in variant:  # which pads both clips
+        records.append({"where": "a:7", "messages": turns})
     dataset = any_model.make_dataset(records)
     for name, value in variant.items():
         setattr(dataset, name, value)
-    if "pad_to_30s" in variant:
-        records.pop()  # two clips would be padded each
-        dataset = any_model.make_dataset(records)
-        dataset.pad_to_30s = dataset.audio_boundary_tokens = True
     lengths, tokens = measure(dataset)
     for n, example in enumerate(dataset):
         size = len(example["prompt_ids"]) + len(example["target_ids"])
@@ -148,7 +146,7 @@ def test_uneven_batches_train_as_one_large_batch_does_on_one_process_and_on_two(
 
     SGD, for AdamW's first step does not depend on the scale of the loss.
     """
-    flags = f"{CORPUS} --optim sgd --learning_rate 1e-3 --max_grad_norm 0 --max_steps 3 --save_steps 3"
+    flags = f"{CORPUS} --optim sgd --learning_rate 1e-3 --max_grad_norm 0 --max_steps 2 --save_steps 2"
     budget = f"{flags} --max_batch_seconds 9 --gradient_accumulation_steps"
     call(train.main, f"{flags} --per_device_train_batch_size 20 --output_dir {tmp_path}/large")
     screen = call(train.main, f"{budget} 8 --output_dir {tmp_path}/one")
@@ -159,7 +157,7 @@ def test_uneven_batches_train_as_one_large_batch_does_on_one_process_and_on_two(
     for run in ("one", "two"):
         assert losses(tmp_path / run) == pytest.approx(losses(tmp_path / "large"), rel=1e-5)
         assert_same(weights(tmp_path / run), wanted, within=1e-5)
-    assert losses(tmp_path / "large")[0] - losses(tmp_path / "large")[2] > 0.1  # it does learn
+    assert losses(tmp_path / "large")[0] - losses(tmp_path / "large")[1] > 0.1  # it does learn
 
 
 def test_a_run_that_goes_on_in_the_middle_of_an_epoch_ends_with_the_same_weights(chinese_llm, call, tmp_path):
@@ -175,10 +173,18 @@ def test_a_run_that_goes_on_in_the_middle_of_an_epoch_ends_with_the_same_weights
 
 
 def test_check_shows_the_batches_of_the_budget(chinese_llm, call, tmp_path):
-    out = call(train.main, f"{CORPUS} --max_batch_seconds 9 --check 8 --output_dir {tmp_path}").out
+    flags = f"{CORPUS} --llm_model_name_or_path llm --max_batch_seconds 9 --check 8 --output_dir {tmp_path}"
+    out = call(train.main, flags).out
     shown = re.findall(r"^corpus.jsonl:(\d+)  ", out, re.MULTILINE)
     assert sorted(map(int, shown)) == list(range(1, 21))
     assert "a step with the 2 longest clips" in out  # 3.9 s each
+
+
+def test_a_run_without_a_budget_does_not_go_on_with_one(chinese_llm, call, tmp_path):
+    flags = f"{CORPUS} --max_steps 2 --save_steps 1 --output_dir {tmp_path}"
+    call(train.main, flags)
+    assert "max_batch_seconds was 0 and is 9.0" in error_of(call, f"{flags} --max_batch_seconds 9")
+    assert "auto_batch was False and is True" in error_of(call, f"{flags} --auto_batch")
 
 
 def test_overfitting_evaluation_and_meters_go_with_a_budget(chinese_llm, call, tmp_path):
@@ -210,6 +216,8 @@ def test_a_bad_clip_does_not_stop_a_run_that_skips_it(world, chinese_llm, call, 
     rows = [{"wav": str(world / f"clip{n}.wav"), "txt": "hello " * (200 if n == 3 else 2)} for n in range(8)]
     write_manifest(tmp_path / "one_bad.jsonl", rows)
     flags = f"{TRAIN_FLAGS} --data_path {tmp_path}/one_bad.jsonl --model_max_length 120 --max_batch_tokens 120"
-    screen = call(train.main, f"{flags} --on_bad_audio skip --save_strategy no --output_dir {tmp_path}/run")
+    screen = call(
+        train.main, f"{flags} --on_bad_audio skip --num_train_epochs 1 --save_strategy no --output_dir {tmp_path}/run"
+    )
     assert "skipped 1 bad utterances" in screen.err
     assert torch.isfinite(weights(tmp_path / "run")["projector.conv.weight"]).all()
