@@ -4,7 +4,7 @@ python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5         
 python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --fixed    # the old recipe: 30 s, 512 tokens
 python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --compare  # both in turns, and their ratios
 python -m tools.benchmark --encoder tiny --llm small --mean_seconds 4.5 --compare="--lora_r 8"  # what LoRA costs
-python -m tools.benchmark --mean_seconds 12.3 --decode_batches 0 --compare="--max_batch_seconds 0"  # a budget for a batch
+python -m tools.benchmark --mean_seconds 12.3 --decode_batches 0 --compare="--max_batch_seconds 0"  # by a budget
 """
 
 import argparse
@@ -35,8 +35,8 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
-from dataset import IGNORE, SpeechDataset, collate
 from batching import BudgetSampler, measure
+from dataset import IGNORE, SpeechDataset, collate
 from errors import InputError, run
 from manifest import SAMPLE_RATE, SPEECH
 from model import SpeechLLM, SpeechLLMConfig, WhisperEncoder, build_projector
@@ -83,8 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="run without and with these flags in turns, each in a process of its own (default: --fixed)")  # fmt: skip
     add("--repeats", type=int, default=3, help="turns of --compare, of which medians are given (default: 3)")
     add("--batch_size", type=int, default=4, help="clips a training step (default: 4)")
-    add("--max_batch_seconds", type=float, help="batches by a budget of so many padded seconds; 0 = those of --batch_size "
-        "times the longest clip, so that the peak memory is the same (default: batches of --batch_size clips)")  # fmt: skip
+    add("--max_batch_seconds", type=float, help="batches by a budget of padded seconds; 0 = --batch_size times the "
+        "longest clip, for the same peak memory (default: batches of --batch_size clips)")  # fmt: skip
     add("--steps", type=int, default=5, help="timed training steps, 0 to 50; one more warms up (default: 5)")
     add("--decode_batch_size", type=int, default=16, help="clips decoded together, against one alone (default: 16)")
     add("--decode_batches", type=int, default=2, help="batches to decode, 0 to 50 (default: 2)")
