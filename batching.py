@@ -194,7 +194,7 @@ def sampler_for(trainer: "SpeechTrainer", data: "DataArguments") -> BudgetSample
         raise InputError(f"a budget for a batch makes batches of similar lengths of all clips; leave out {flags}")
     if data.auto_batch and (data.max_batch_seconds or data.max_batch_tokens):
         raise InputError("--auto_batch looks for a budget; leave out --max_batch_seconds and --max_batch_tokens")
-    is_stretched = any(name == "speed" for name in data.augment)
+    is_stretched = "speed" in data.augment
     lengths, tokens = measure(dataset, args.process_index, args.world_size, 1 / SLOWEST if is_stretched else 1.0)
     if data.auto_batch and not settings["max_batch_tokens"]:
         import auto_batch  # an option
