@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainingArguments
 
-from batching import POSITIONS, SECONDS
 from dataset import SpeechDataset, collate
 from errors import InputError
 from inspect_batch import autocast_dtype, recompute_activations, storages
@@ -32,11 +31,16 @@ LEAST_STEPS = 16  # an epoch keeps so many, however much memory there is
 
 
 def find_budget(
-    model: "SpeechLLM", dataset: SpeechDataset, lengths: np.ndarray, tokens: np.ndarray, args: TrainingArguments
+    model: "SpeechLLM",
+    dataset: SpeechDataset,
+    seconds: np.ndarray,
+    positions: np.ndarray,
+    tokens: np.ndarray,
+    args: TrainingArguments,
 ) -> int:
     """The --max_batch_tokens that fits on every process; it is printed. Raises InputError if the longest clip does not.
 
-    `lengths` and `tokens` are those of batching.measure. Weights, gradients and random state are afterwards as before.
+    Seconds of audio, LLM positions and trained tokens are (clips,), by position of the dataset. Weights, gradients and random state are afterwards as before.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise InputError("--auto_batch: cannot try batches under DeepSpeed ZeRO-3; give --max_batch_tokens")
@@ -51,12 +55,15 @@ def find_budget(
 
     def need(budget: int) -> float:
         """Bytes that a step with batches of so many positions takes, at most; infinity if it does not fit."""
-        steps = [partial(try_step, model, dataset[c], budget, args) for c in extreme_clips(lengths, tokens, budget)]
+        steps = [
+            partial(try_step, model, dataset[c], budget, args)
+            for c in extreme_clips(seconds, positions, tokens, budget)
+        ]
         return max(peak_memory(device, step) for step in steps) - before
 
-    smallest = int(np.ceil(lengths[:, POSITIONS].max()))
+    smallest = int(np.ceil(positions.max()))
     batches_a_step = args.world_size * args.gradient_accumulation_steps
-    most = max(smallest, int(lengths[:, POSITIONS].sum() / LEAST_STEPS / batches_a_step))
+    most = max(smallest, int(positions.sum() / LEAST_STEPS / batches_a_step))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         budget, needed = grow(need, room, smallest, most)
     model.train(was_training)
@@ -97,14 +104,13 @@ def grow(need: Callable[[int], float], room: float, smallest: int, most: int) ->
     return budget, needed
 
 
-def extreme_clips(lengths: np.ndarray, tokens: np.ndarray, budget: int) -> list[int]:
+def extreme_clips(seconds: np.ndarray, positions: np.ndarray, tokens: np.ndarray, budget: int) -> list[int]:
     """Positions of clips of which batches of so many LLM positions would take the most memory, without doubles.
 
     Of audio and trained tokens for each position, the mean of the batch that has most: one odd clip is no batch.
     """
-    positions = lengths[:, POSITIONS]
     clips = [int(positions.argmax())]
-    for share in (lengths[:, SECONDS] / positions, tokens / positions):
+    for share in (seconds / positions, tokens / positions):
         order = np.argsort(-share, kind="stable")
         num_clips = np.searchsorted(positions[order].cumsum(), budget)  # that fill the batch
         clips.append(int(order[min(num_clips // 2, len(order) - 1)]))

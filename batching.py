@@ -199,7 +199,7 @@ def sampler_for(trainer: "SpeechTrainer", data: "DataArguments") -> BudgetSample
     if data.auto_batch and not settings["max_batch_tokens"]:
         import auto_batch  # an option
 
-        settings["max_batch_tokens"] = auto_batch.find_budget(trainer.model, dataset, lengths, tokens, args)
+        settings["max_batch_tokens"] = auto_batch.find_budget(trainer.model, dataset, *lengths.T, tokens, args)
     budget = np.array([settings["max_batch_seconds"] or np.inf, settings["max_batch_tokens"] or np.inf])
     for column, flag in ((SECONDS, "--max_batch_seconds"), (POSITIONS, "--max_batch_tokens")):
         longest = lengths[:, column].argmax()

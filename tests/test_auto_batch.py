@@ -72,11 +72,10 @@ def test_the_budget_is_bounded_and_the_smallest_is_tried_at_least():
 
 
 def test_trials_are_of_clips_that_take_most_for_their_positions_but_not_of_a_single_odd_one():
-    lengths = np.stack([np.full(1000, 5.0), np.full(1000, 80.0)], axis=1)  # seconds, positions
-    tokens = np.full(1000, 10.0)
-    lengths[7, 1], tokens[8] = 200, 70  # the longest; one odd transcript
+    seconds, positions, tokens = np.full(1000, 5.0), np.full(1000, 80.0), np.full(1000, 10.0)
+    positions[7], tokens[8] = 200, 70  # the longest; one odd transcript
     tokens[100:200] = 20  # many talk fast
-    longest, _, fast = extreme_clips(lengths, tokens, budget=1600)
+    longest, _, fast = extreme_clips(seconds, positions, tokens, budget=1600)
     assert longest == 7 and 100 <= fast < 200
 
 
