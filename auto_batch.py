@@ -40,7 +40,8 @@ def find_budget(
 ) -> int:
     """The --max_batch_tokens that fits on every process; it is printed. Raises InputError if the longest clip does not.
 
-    Seconds of audio, LLM positions and trained tokens are (clips,), by position of the dataset. Weights, gradients and random state are afterwards as before.
+    Seconds of audio, LLM positions and trained tokens are (clips,), by position of the dataset. Weights, gradients
+    and random state are afterwards as before.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise InputError("--auto_batch: cannot try batches under DeepSpeed ZeRO-3; give --max_batch_tokens")
@@ -55,10 +56,8 @@ def find_budget(
 
     def need(budget: int) -> float:
         """Bytes that a step with batches of so many positions takes, at most; infinity if it does not fit."""
-        steps = [
-            partial(try_step, model, dataset[c], budget, args)
-            for c in extreme_clips(seconds, positions, tokens, budget)
-        ]
+        clips = extreme_clips(seconds, positions, tokens, budget)
+        steps = [partial(try_step, model, dataset[clip], budget, args) for clip in clips]
         return max(peak_memory(device, step) for step in steps) - before
 
     smallest = int(np.ceil(positions.max()))
