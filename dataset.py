@@ -236,7 +236,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int | tuple[int, int]) -> dict:
-        epoch, position = position if isinstance(position, tuple) else (0, position)  # LengthSampler's tuples
+        epoch, position = position if isinstance(position, tuple) else (0, position)  # a sampler's tuples
         index = int(self.indices[position])  # of the record; left-out records have no position
         record, reason = self.records[index], self.bad.get(index)
         if reason is None:

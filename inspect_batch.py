@@ -92,9 +92,8 @@ def show(trainer: Trainer, count: int) -> None:
     console = Console(quiet=args.process_index > 0, highlight=False, markup=False, soft_wrap=True)
     stop_ids, problems = set(model.llm.generation_config.eos_token_id), []
     console.print(Text(LEGEND, style=PADDING))
-    if args.gradient_checkpointing:  # as Trainer does it, by the name that its version has
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(args.gradient_checkpointing_kwargs)
+    if args.gradient_checkpointing:
+        recompute_activations(model, args)
     for number, batch in enumerate(islice(trainer.get_train_dataloader(), count), 1):
         rows = rows_of(batch, dataset)
         console.print(f"\nbatch {number}: {len(rows)} utterances")
@@ -111,8 +110,10 @@ def show(trainer: Trainer, count: int) -> None:
     if of_all:
         more = f" (and {len(of_all) - 1} more)" if len(of_all) > 1 else ""
         raise InputError(f"{of_all[0]}{more}")
-    longest = dataset.seconds.argsort()[-args.train_batch_size :]  # positions
-    batch = collate([dataset[position] for position in longest.tolist()])
+    longest = dataset.seconds.argsort()[-args.train_batch_size :].tolist()  # positions
+    if trainer.batches:
+        longest = trainer.batches.longest_batch()
+    batch = collate([dataset[position] for position in longest])
     print_step(console, f"\na step with the {len(longest)} longest clips", batch, model, args)
     console.print("nothing wrong found")
 
@@ -238,13 +239,22 @@ def print_step(console: Console, title: str, batch: dict, model: nn.Module, args
     """The loss of a batch and the memory that a training step with it takes. Raises InputError if the loss is NaN."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return console.print(f"{title}: not measured under DeepSpeed ZeRO-3, which shares out the weights")
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None  # of autocast
-    loss, memory = measure_step(model, batch, dtype)
+    loss, memory = measure_step(model, batch, autocast_dtype(args))
     num_tokens = model.get_input_embeddings().weight.shape[0]  # V
     guess = f"a guess among {num_tokens:,} tokens has {math.log(num_tokens):.2f}"
     console.print(f"{title}: loss {loss:.2f} nats a token before training ({guess}); memory about {memory}")
     if not math.isfinite(loss):
         raise InputError(f"{title.strip()}: the loss is {loss}; wanted a number: look at the weights and at --dtype")
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def recompute_activations(model: nn.Module, args: TrainingArguments) -> None:
+    """Switch gradient checkpointing on as Trainer does it, by the name that its version has."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(args.gradient_checkpointing_kwargs)
 
 
 def measure_step(model: nn.Module, batch: dict, dtype: torch.dtype | None = None) -> tuple[float, Memory]:

@@ -48,7 +48,7 @@ class Meters(TrainerCallback):
         self.used_frames += batch["feature_lengths"].sum()
 
     def figures(self) -> dict[str, float]:
-        """Audio seconds a second of all processes, which have equal shares; shares of this one; its peak memory."""
+        """Audio seconds a second of all processes, if the others do as much; shares of this one; its peak memory."""
         figures = {
             "token_accuracy": round(int(self.right_tokens) / max(int(self.tokens), 1), 4),
             "audio_seconds_a_second": round(self.seconds * self.world_size / self.elapsed, 2),

@@ -71,12 +71,18 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
     """
     path = Path(checkpoint, "train_settings.json")
     before = json.loads(path.read_text()) if path.is_file() else {}  # the settings of the checkpoint
+    if settings.get("auto_batch"):  # does not look again: the budget that it found before goes on
+        settings |= {name: before[name] for name in ("max_batch_seconds", "max_batch_tokens") if name in before}
+    has_budget = bool(settings.get("max_batch_seconds") or settings.get("max_batch_tokens"))
     changed = [name for name in settings if name in before and settings[name] != before[name]]
     allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
+    allowed |= {"auto_batch"} if has_budget else set()  # found, or given as a number
     if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
         allowed |= {"records", "num_records"}  # lines were appended
     if not settings["deepspeed"]:  # which cannot deal its optimiser's states out anew
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+        if has_budget:
+            sizes = sizes[1:]  # no number of clips makes a batch
         is_same_batch = math.prod(settings[n] for n in sizes) == math.prod(before.get(n, 0) for n in sizes)
         allowed |= set(sizes) if is_same_batch else {"world_size"}
     if contradictions := [name for name in changed if name not in allowed]:

@@ -40,7 +40,7 @@ OTHER_NAMES = {"whisper_model_name_or_path": "encoder_name_or_path", "dtype": "f
 OTHER_NAMES |= {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 LEAST |= {"learning_rate": 0, "dataloader_num_workers": 0, "seed": 0, "log_predictions": 0, "log_predictions_steps": 1}
-LEAST |= {"overfit": 0, "check": 0}  # of numbers that nobody else checks
+LEAST |= {"overfit": 0, "check": 0, "max_batch_seconds": 0, "max_batch_tokens": 0}  # what nobody else checks
 
 
 @dataclass
@@ -57,6 +57,9 @@ class DataArguments:
     select_on: str | None = option(None, "manifest to evaluate and choose by; --eval_data_path then waits for the end")
     log_predictions: int = option(0, "clips to show with all that the LLM reads and writes, in training and evaluation")
     log_predictions_steps: int = option(50, "in training show them every so many steps")
+    max_batch_seconds: float = option(0, "batches by a budget: clips x the longest, seconds; 0 = by a number of clips")
+    max_batch_tokens: int = option(0, "the same in LLM positions, of prompt, speech and transcript; 0 = any")
+    auto_batch: bool = option(False, "try which --max_batch_tokens fits into memory, and train with it")
     overfit: int = option(0, "train on this many clips until no word of them is wrong, or say why not")
     check: int = field(default=0, metadata={"help": "show so many batches, and do not train", "nargs": "?", "const": 1})
 
@@ -175,7 +178,7 @@ class SpeechTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings, self.eval_metric = settings, eval_metric  # settings: for train_settings.json
         self.step_losses: list[torch.Tensor] = []  # of the micro-batches of this step, for the progress bar
-        self.meters = self.predictions = None  # options: a Meters, a PredictionLog
+        self.meters = self.predictions = self.batches = None  # options: Meters, PredictionLog, BudgetSampler
         self.skipped: set[str] = set()  # why utterances were skipped
         self.epoch = 0  # which decides the order of the clips, and their augmentation
         self.has_learnt = False  # from one good utterance at least
@@ -190,6 +193,9 @@ class SpeechTrainer(Trainer):
         total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # clips a step
         lengths = dataset.seconds if args.train_sampling_strategy == "group_by_length" else np.zeros(len(dataset))
         return LengthSampler(lengths, total, seed, lambda: self.epoch, args.dataloader_drop_last)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.batches.loader(self.train_dataset, self.args) if self.batches else super().get_train_dataloader()
 
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         """Nothing if a run that has ended is started again: Trainer would take one step before it counts them."""
@@ -302,7 +308,7 @@ DECISIVE = """model_max_length max_seconds on_bad_audio augment projector_model_
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args lr_scheduler_type lr_scheduler_kwargs
     warmup_steps num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 fp16
     train_sampling_strategy dataloader_drop_last label_smoothing_factor neftune_noise_alpha
-    average_tokens_across_devices""".split()
+    average_tokens_across_devices max_batch_seconds max_batch_tokens auto_batch""".split()
 
 
 def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, records: Records) -> dict:
@@ -462,6 +468,10 @@ def make_trainer(
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss
+    if data.max_batch_seconds or data.max_batch_tokens or data.auto_batch:
+        import batching  # an option
+
+        trainer.batches = batching.sampler_for(trainer, data)
     if data.save_best_by:
         from keep_best import KeepBest  # an option
 

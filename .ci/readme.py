@@ -48,6 +48,7 @@ NAMES = {
     r"for part in test-clean test-other": "for part in test-other",
     r"--bf16 True": "--use_cpu",
     r"checkpoint-600": "checkpoint-4",
+    r"--max_batch_seconds 240": "--max_batch_seconds 40",
     r"--save_steps 100": "--save_steps 4 --max_steps 4",
     r"--gradient_accumulation_steps 8": "--gradient_accumulation_steps 1",
     r"(train\.py( --config)? recipes/whisper_qwen\.yaml)": rf"\1 --encoder_name_or_path {DEMO / 'whisper.pt'} {SHORT}",

@@ -41,7 +41,7 @@ CHATML = (
 )
 
 
-PROCESSES = ("test_zero3", "test_kills", "test_benchmark", "test_house", "test_distributed")
+PROCESSES = ("test_zero3", "test_kills", "test_benchmark", "test_house", "test_distributed", "test_batching")
 
 
 class ByFile(LoadScopeScheduling):

@@ -274,6 +274,17 @@ def test_another_order_of_training(fork, original):
     assert fork.losses() != original.losses()
 
 
+def test_another_way_to_make_batches(fork, original):
+    """Neighbours of the manifest stand in a batch."""
+    flags = "--max_batch_seconds 9"
+    before = original.run(("train", f"{TRAIN} --output_dir {original.folder}/budget {flags}"))
+    line = "    strips = np.array_split("
+    fork.insert_before("batching.py", line, "    return np.arange(len(lengths))\n")
+    after = fork.train_and_decode(flags)
+    shares = [float(re.search(r"padding ([\d.]+)% \(encoder\)", log)[1]) for log in (before, after)]
+    assert shares[1] > 1.5 * shares[0]
+
+
 def test_a_new_loss_term(fork, original):
     fork.insert_before(
         "model.py",
@@ -308,5 +319,14 @@ def test_a_new_config_field_with_which_an_older_checkpoint_still_loads_and_resum
 
 def test_the_readme_says_where_each_of_these_goes():
     table = (ROOT / "README.md").read_text().partition("## Where a change goes")[2].partition("\n## ")[0]
-    for name in ("projectors.py", "encoders.py", "sources.py", "augment.py", "manifest.py", "score.py", "model.py"):
+    for name in (
+        "projectors.py",
+        "encoders.py",
+        "sources.py",
+        "augment.py",
+        "batching.py",
+        "manifest.py",
+        "score.py",
+        "model.py",
+    ):
         assert f"`{name}`" in table, name

@@ -10,6 +10,7 @@ Training from cached frames (--encoder_cache), against the encoder at work, and 
 python -m tools.benchmark --frames cache --audio wav --decode_batches 0 --compare="--frames encoder"
 python -m tools.benchmark --frames cache --audio wav --decode_batches 0 --compare="--frames none --audio memory"
 python -m tools.benchmark --mean_seconds 2 --prompt_tokens 24 --compare=--prompt_anew  # what prompt_once.py gains
+python -m tools.benchmark --mean_seconds 12.3 --decode_batches 0 --compare="--max_batch_seconds 0"  # by a budget
 """
 
 import argparse
@@ -45,6 +46,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
 import prompt_once
+from batching import BudgetSampler, measure
 from dataset import IGNORE, SpeechDataset, collate
 from errors import InputError, run
 from frame_cache import CachedEncoder, use
@@ -100,6 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="run without and with these flags in turns, each in a process of its own (default: --fixed)")  # fmt: skip
     add("--repeats", type=int, default=3, help="turns of --compare, of which medians are given (default: 3)")
     add("--batch_size", type=int, default=4, help="clips a training step (default: 4)")
+    add("--max_batch_seconds", type=float, help="batches by a budget of padded seconds; 0 = --batch_size times the "
+        "longest clip, for the same peak memory (default: batches of --batch_size clips)")  # fmt: skip
     add("--steps", type=int, default=5, help="timed training steps, 0 to 50; one more warms up (default: 5)")
     add("--decode_batch_size", type=int, default=16, help="clips decoded together, against one alone (default: 16)")
     add("--decode_batches", type=int, default=2, help="batches to decode, 0 to 50 (default: 2)")
@@ -281,17 +285,25 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def training_batches(dataset: SpeechDataset, args: argparse.Namespace) -> list[list[int]]:
+    """Positions of the clips of each batch of an epoch, as train.py makes them."""
+    if args.max_batch_seconds is None:
+        order = [position for _, position in LengthSampler(dataset.durations, args.batch_size, seed=0)]
+        return np.array(order[: GROUP * args.batch_size]).reshape(GROUP, -1).tolist()
+    seconds = args.max_batch_seconds or args.batch_size * dataset.durations.max()
+    sampler = BudgetSampler(measure(dataset)[0], np.array([seconds, np.inf]), seed=0)
+    return [[position for _, position in batch] for batch in sampler]
+
+
 def measure_training(
     model: SpeechLLM, dataset: SpeechDataset, args: argparse.Namespace, folder: Path
 ) -> dict[str, float]:
     """Figures of `steps` optimiser steps over batches as train.py makes them, from audio in memory to new weights."""
-    order = [position for _, position in LengthSampler(dataset.durations, args.batch_size, seed=0)]
-    batches = np.array(order[: GROUP * args.batch_size]).reshape(GROUP, -1)
-    batches = pick(batches[dataset.durations[batches].mean(1).argsort()], args.steps)
-    batches = [batches[-1], *batches]  # the longest warms up
+    batches = sorted(training_batches(dataset, args), key=lambda batch: dataset.durations[batch].mean())
+    batches = [batches[-1], *(batches[i] for i in pick(np.arange(len(batches)), args.steps))]  # the longest warms up
     figures = {}
     if args.frames != "encoder":
-        figures = replace_encoder(model, dataset, np.unique(batches), args, folder)
+        figures = replace_encoder(model, dataset, np.unique(sum(batches, [])), args, folder)
     memory_before = reset_peak(args.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     autocast = partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
@@ -317,7 +329,7 @@ def measure_training(
     seconds, rate = sum(times[1:]), median(rates[1:])
     return figures | {
         "train_audio_seconds_a_second": total["seconds"] / seconds,
-        "train_mean_clip_seconds": total["seconds"] / args.steps / args.batch_size,
+        "train_mean_clip_seconds": total["seconds"] / sum(map(len, batches[1:])),
         "train_encoder_padding_share": 1 - total["features"] / total["padded_features"],
         "train_llm_padding_share": 1 - total["tokens"] / total["padded_tokens"],
         "matrix_gflops_a_second": rate / 1e9,
