@@ -75,29 +75,38 @@ def keep(records: Records, limits: Sequence[float], config: "ModelArguments") ->
     if limits.min_tokens or limits.max_tokens:
         with as_input_error(str(llm), "load the tokenizer", "a folder or Hub name of a causal LLM, with its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(llm, revision=config.llm_revision, trust_remote_code=False)
-        # Threads of the tokenizer would make it warn in each data-loading process that is forked later.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        encode = partial(tokenizer, add_special_tokens=False)
-    is_mixture = isinstance(records, Mixture)
-    subsets, nums, seconds = [], np.zeros(len(RULES), int), np.zeros(len(RULES))  # by rule: records, seconds of audio
-    for part in records.parts if is_mixture else [records]:
-        durations = known_durations(part)
-        rules = broken_rules(part, durations, limits, encode)
-        nums += np.bincount(rules, minlength=len(RULES))
-        seconds += np.bincount(rules, np.nan_to_num(durations), len(RULES))
-        kept = np.flatnonzero(rules == 0)
-        subsets.append(Subset(part, kept, durations[kept]))
+        encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
+    parts = records.parts if isinstance(records, Mixture) else [records]
+    durations = [known_durations(part) for part in parts]
+    rules = [broken_rules(part, seconds, limits, encode) for part, seconds in zip(parts, durations, strict=True)]
+    # The tokenizer has used its threads. It would warn of them in each data-loading process that is forked from here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    subsets = []
+    for part, rules_of_part, seconds in zip(parts, rules, durations, strict=True):
+        kept = np.flatnonzero(rules_of_part == 0)
         if not len(kept):
             flags = " ".join(f"--{name} {limit:g}" for name, limit in asdict(limits).items() if limit)
-            raise InputError(f"{part[0]['where']} ...: none of {len(part):,} records is within {flags}; loosen them")
-    counts = [
-        f"--{name} {limit:g}: {nums[RULES.index(name)]:,} records, {seconds[RULES.index(name)] / 3600:.2f} hours"
-        for name, limit in asdict(limits).items()
-        if limit
-    ]
-    result = Mixture(subsets, records.weights, records.names) if is_mixture else subsets[0]
-    say(f"left out: {'; '.join(counts)}" + f"\n{result}" * is_mixture)
-    return result, "; ".join(counts)
+            raise InputError(
+                f"{part[0]['where']}: no record of this source ({len(part):,}) passes {flags}; loosen them"
+            )
+        subsets.append(Subset(part, kept, seconds[kept]))
+    left_out = counts(limits, np.concatenate(rules), np.concatenate(durations))
+    say(f"left out: {left_out}")
+    if not isinstance(records, Mixture):
+        return subsets[0], left_out
+    mixture = Mixture(subsets, records.weights, records.names)
+    say(f"of what is left: {mixture}")
+    return mixture, left_out
+
+
+def counts(limits: Limits, rules: np.ndarray, durations: np.ndarray) -> str:
+    """`--min_seconds 0.5: 12 records, 0.00 hours; ...`, of the rule that each record breaks and its seconds."""
+    texts = []
+    for name, limit in asdict(limits).items():
+        if limit:
+            seconds = durations[rules == RULES.index(name)]
+            texts.append(f"--{name} {limit:g}: {len(seconds):,} records, {np.nansum(seconds) / 3600:.2f} hours")
+    return "; ".join(texts)
 
 
 def known_durations(records: Records, indices: np.ndarray | None = None) -> np.ndarray:

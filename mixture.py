@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -53,28 +52,26 @@ class Mixture(Sequence):
     def fingerprint(self, count: int | None = None) -> str:
         """`SIZE:FINGERPRINT:WEIGHT` of each source, up to the first `count` places; no weight where none was given."""
         terms, left = [], len(self) if count is None else count
-        for part, size, places, weight in zip(self.parts, self.sizes, self.places, self.weight_texts(), strict=True):
-            size = min(int(size), left)
-            terms += [f"{size}:{part.fingerprint(size)}:{weight}"] if size > 0 else []
+        for source, places in enumerate(self.places):
+            size = min(int(self.sizes[source]), left)
+            terms += [self.term(source, size)] if size > 0 else []
             left -= int(places)
         return " ".join(terms)
 
-    def weight_texts(self) -> list[str]:
-        return [""] * len(self.parts) if self.weights is None else [f"{weight:g}" for weight in self.weights]
+    def term(self, source: int, size: int) -> str:
+        """The part of the fingerprint that tells the first `size` records of a source."""
+        weight = "" if self.weights is None else f":{self.weights[source]:g}"
+        return f"{size}:{self.parts[source].fingerprint(size)}{weight}"
 
     def continues(self, fingerprint: str, count: int) -> bool:
-        """Whether these are the `count` records of an earlier run, with others behind those of any source.
+        """Whether these are the `count` records of an earlier run, perhaps with more behind those of any source.
 
-        Without weights, more sources may have come, also beside a single one.
+        Without weights, sources may have come behind the earlier ones, and behind a single one.
         """
-        earlier = [term.split(":") for term in fingerprint.split()]
-        earlier = earlier if ":" in fingerprint else [[str(count), fingerprint, ""]]  # of a single source
-        for term, part, weight in zip_longest(earlier, self.parts, self.weight_texts()):
-            if term is None and weight == "":
-                continue  # a source that has come
-            if term is None or part is None or term[2] != weight or part.fingerprint(int(term[0])) != term[1]:
-                return False
-        return True
+        earlier = fingerprint.split() if ":" in fingerprint else [f"{count}:{fingerprint}"]  # a term a source
+        if len(earlier) > len(self.parts) or (len(earlier) < len(self.parts) and self.weights is not None):
+            return False
+        return all(term == self.term(source, int(term.partition(":")[0])) for source, term in enumerate(earlier))
 
 
 def open_sources(sources: list[str], open_source: Callable[[str], Records], may_weigh: bool) -> Records:
@@ -82,17 +79,18 @@ def open_sources(sources: list[str], open_source: Callable[[str], Records], may_
     if not sources:
         raise InputError("--data_path: found nothing behind it; wanted one source of data or several")
     names, weights = zip(*map(split_weight, sources), strict=True)
-    for source, name, weight in zip(sources, names, weights, strict=True):
-        if weight is not None and not may_weigh:
-            raise InputError(f"{source}: a weight, where each record comes once; wanted {name}")
-        if weight is None and set(weights) != {None}:
-            raise InputError(f"{source}: no weight, where other sources have one; wanted {source}:NUMBER")
+    weighed = [source for source, weight in zip(sources, weights, strict=True) if weight is not None]
+    others = [source for source, weight in zip(sources, weights, strict=True) if weight is None]
+    if weighed and not may_weigh:
+        raise InputError(f"{weighed[0]}: a weight, where each record comes once; wanted {split_weight(weighed[0])[0]}")
+    if weighed and others:
+        raise InputError(f"{others[0]}: no weight, where other sources have one; wanted {others[0]}:NUMBER")
     parts = [open_source(name) for name in names]
     if len(parts) == 1:
         return parts[0]
-    mixture = Mixture(parts, None if weights[0] is None else weights, names)
+    mixture = Mixture(parts, weights if weighed else None, names)
     if may_weigh:
-        say(str(mixture))
+        say(f"sources: {mixture}")
     return mixture
 
 

@@ -105,5 +105,5 @@ def test_wrong_recordings_end_with_an_error_that_says_what_is_wanted(recordings,
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_a_yaml_recipe_is_valid_and_says_how_it_is_started(path):
     _, data, training = train.parse([str(path), "--bf16", "False", "--use_cpu"])
-    assert data.data_path == "train.jsonl" and training.output_dir
+    assert data.data_path == ["train.jsonl"] and training.output_dir
     assert f"python train.py recipes/{path.name}" in path.read_text()
