@@ -299,12 +299,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         if check_length and self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
             sizes = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript do not fit"
             raise BadUtterance(f"{sizes} in {self.max_length} (--model_max_length, or what --max_new_tokens leaves)")
-        ids = {
-            "prompt_ids": prompt_ids,
-            "target_ids": target_ids,
-            "labels": labels + target_ids,
-        }  # of the last positions
-        return {**ids, "features": sum(features, [])}
+        labels = labels + target_ids  # of the last positions, never told by ids: many LLMs pad with their end token
+        return {"prompt_ids": prompt_ids, "target_ids": target_ids, "labels": labels, "features": sum(features, [])}
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:
         """Features (F, M) of a clip (S,); over 30 s, of its equal windows of at most 30 s."""
@@ -331,7 +327,6 @@ def collate(examples: list[dict], with_targets: bool = True) -> dict:
     return {
         "input_ids": pad_left(ids, 0),
         "attention_mask": pad_left([[1] * len(row) for row in ids], 0),  # (B, L), 0 = padding
-        # From lengths, never from ids: many LLMs pad with their end token.
         "labels": pad_left([example["labels"] if with_targets else [] for example in examples], IGNORE),
         "input_values" if features[0].ndim == 1 else "input_features": pad_sequence(features, batch_first=True),
         "feature_lengths": torch.tensor([len(window) for window in features]),  # (A,)

@@ -39,7 +39,7 @@ class Limits:
     def __post_init__(self):
         for name, limit in asdict(self).items():
             if not limit >= 0:  # nor NaN
-                raise InputError(f"--{name} {limit}: wanted more than 0, or 0 for any")
+                raise InputError(f"--{name} {limit}: wanted more than 0, or 0 = off")
 
 
 RULES = ["none", *(field.name for field in fields(Limits))]

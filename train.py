@@ -47,11 +47,13 @@ LEAST |= {"overfit": 0, "check": 0}  # of numbers that nobody else checks
 class DataArguments:
     data_path: list[str] = field(metadata={"help": "JSON lines with wav and txt, or KIND:PLACE; several: PLACE:WEIGHT"})
     no_speech_share: float = option(0.0, "share of an epoch that is silence and noise without text; 0 = none, below 1")
-    min_seconds: float = option(0.0, "leave shorter utterances out of the training data; 0 = none")
-    min_tokens: int = option(0, "leave shorter transcripts out of it, in tokens of the LLM; 0 = none")
-    max_tokens: int = option(0, "leave longer transcripts out of it, in tokens of the LLM; 0 = none")
-    max_characters_per_second: float = option(0.0, "leave out what has more, spaces not counted; 0 = none")
-    train_on_turns: Literal["last", "all"] = option("last", "answers of a conversation that are trained")
+    min_seconds: float = option(0.0, "leave shorter utterances out of the training data; 0 = off")
+    min_tokens: int = option(0, "leave shorter transcripts out of it, in tokens of the LLM; 0 = off")
+    max_tokens: int = option(0, "leave longer transcripts out of it, in tokens of the LLM; 0 = off")
+    max_characters_per_second: float = option(0.0, "leave out transcripts with more; spaces do not count; 0 = off")
+    train_on_turns: Literal["last", "all"] = option(
+        "last", "of a conversation, train the last answer, or all of the assistant's"
+    )
     eval_data_path: list[str] | None = option(None, "one manifest or several for --eval_strategy: loss and WER")
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")

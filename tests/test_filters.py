@@ -117,7 +117,7 @@ def test_nothing_left_of_a_source_is_wrong_input(config, is_mixture):
 
 @pytest.mark.parametrize("value", [-1, float("nan")])
 def test_a_limit_below_zero_is_wrong_input(value):
-    with pytest.raises(InputError, match=r"--max_characters_per_second \S+: wanted more than 0, or 0 for any"):
+    with pytest.raises(InputError, match=r"--max_characters_per_second \S+: wanted more than 0, or 0 = off"):
         Limits(max_characters_per_second=value)
 
 
