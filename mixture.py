@@ -69,7 +69,7 @@ class Mixture(Sequence):
         Without weights, sources may have come behind the earlier ones, and behind a single one.
         """
         earlier = fingerprint.split() if ":" in fingerprint else [f"{count}:{fingerprint}"]  # a term a source
-        if len(earlier) > len(self.parts) or (len(earlier) < len(self.parts) and self.weights is not None):
+        if len(earlier) > len(self.parts):
             return False
         return all(term == self.term(source, int(term.partition(":")[0])) for source, term in enumerate(earlier))
 

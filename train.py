@@ -51,9 +51,7 @@ class DataArguments:
     min_tokens: int = option(0, "leave shorter transcripts out of it, in tokens of the LLM; 0 = off")
     max_tokens: int = option(0, "leave longer transcripts out of it, in tokens of the LLM; 0 = off")
     max_characters_per_second: float = option(0.0, "leave out transcripts with more; spaces do not count; 0 = off")
-    train_on_turns: Literal["last", "all"] = option(
-        "last", "of a conversation, train the last answer, or all of the assistant's"
-    )
+    train_on_turns: Literal["last", "all"] = option("last", "of a conversation: the last answer, or all, are trained")
     eval_data_path: list[str] | None = option(None, "one manifest or several for --eval_strategy: loss and WER")
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")
