@@ -1,8 +1,9 @@
 """Conversations of several turns: "messages" in a manifest, `prompts` of SpeechLLM.generate."""
 
 import textwrap
+from collections.abc import Callable
 
-from errors import InputError
+from errors import BadUtterance, InputError
 
 
 def check_messages(record: dict, where: str, needs_text: bool, audio_tag: str) -> None:
@@ -32,3 +33,39 @@ def wrong_turns(turns: list[dict], audio_tag: str) -> str | None:
             if num_places != num_clips:
                 return f"{num_places} {audio_tag} in a turn with {num_clips} audio clips"
     return None
+
+
+def with_labels(
+    turns: list[dict], clips: list[list[int]], tokenizer: Callable, render_prompt: Callable, audio_tag: str, ignore: int
+) -> tuple[list[int], list[int]]:
+    """prompt_ids, and the labels of their last positions, for --train_on_turns all.
+
+    Each answer in the prompt is trained with its end token, and so is tokenised on its own, as the last one is; one
+    that holds a clip is not trained. `clips` are the ids of each clip's speech, `render_prompt` is dataset.py's, and
+    `ignore` labels what is not trained. Without answers, prompt_ids are as ever, and there is no label.
+    Raises BadUtterance where it is not clear what stands where.
+    """
+    opened, answers = [], []  # turns with the tag in place of an answer; at each tag the answer, None for a clip
+    for turn in turns:
+        is_answer = turn["role"] == "assistant" and audio_tag not in turn["content"]
+        opened.append(turn | {"content": audio_tag} if is_answer else turn)
+        answers += [turn["content"]] if is_answer else [None] * turn["content"].count(audio_tag)
+    pieces, end_id = render_prompt(tokenizer, opened)  # split at each tag
+    if answers.count(None) != len(clips) or len(pieces) != len(answers) + 1:
+        raise BadUtterance(f"the chat template places {audio_tag} or leaves turns out; wanted --train_on_turns last")
+    ids, speech = list(pieces[0]), iter(clips)
+    labels = [ignore] * len(ids)
+    for answer, piece in zip(answers, pieces[1:], strict=True):
+        labels_of_piece = [ignore] * len(piece)
+        if answer is None:
+            filling = next(speech)
+            labels += [ignore] * len(filling)
+        else:
+            filling = tokenizer(answer, add_special_tokens=False).input_ids
+            labels += filling
+            if end_id in piece[:2]:  # a space may come before it
+                labels_of_piece[piece.index(end_id)] = end_id
+        ids += filling + piece
+        labels += labels_of_piece
+    first = next((place for place, label in enumerate(labels) if label != ignore), len(labels))
+    return ids, labels[first:]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,13 @@ PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
 )
 
 
-def open_records(source: str | Path, needs_text: bool = True) -> Records:
-    """The records of a manifest, or of another source: KIND:PLACE, with the kinds of sources.py. Raises InputError."""
+def open_records(source: str | Path | list[str], needs_text: bool = True, may_weigh: bool = False) -> Records:
+    """The records of a manifest, of KIND:PLACE (see sources.py), or of several (see mixture.py). Raises InputError."""
+    if isinstance(source, list) and not (len(source) == 1 and Path(source[0]).exists()):
+        import mixture  # an option
+
+        return mixture.open_sources(source, partial(open_records, needs_text=needs_text), may_weigh)
+    source = source[0] if isinstance(source, list) else source
     kind, colon, place = str(source).partition(":")
     if not colon or Path(source).exists():
         return Manifest(source, needs_text)
@@ -177,7 +182,7 @@ def speech_ids(count: int, boundary_tokens: bool) -> list[int]:
 
 @dataclass(eq=False)
 class SpeechDataset(torch.utils.data.Dataset):
-    """Examples {index, prompt_ids, target_ids, features, bad} of records, ready for `collate`.
+    """Examples {index, prompt_ids, target_ids, labels, features, bad} of records, ready for `collate`.
 
     An example is made in three steps: `load` (samples) -> `augment` (training only) -> `render` (features and ids).
     dataset[position] is an example of epoch 0, dataset[epoch, position] of a later one.
@@ -201,6 +206,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     with_targets: bool = True  # transcripts, to train on or to evaluate; decoding needs none
     augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # samples (S,) -> samples (S',)
     seed: int = 0  # of the augmentation
+    train_on_turns: str = "last"  # of a conversation: the last answer, or "all"
 
     def __post_init__(self):
         self.limit = (self.max_seconds or np.inf) + 0.01  # seconds; times are rounded
@@ -251,7 +257,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                 if self.on_bad == "error":
                     raise BadUtterance(reason) from None
         silence = self.render({"txt": ""}, [np.zeros(SILENCE, np.float32)], check_length=False)
-        return {"index": index, "bad": reason, **silence, "target_ids": []}
+        return {"index": index, "bad": reason, **silence, "target_ids": [], "labels": []}
 
     def load(self, record: dict) -> list[np.ndarray]:
         """Samples (S,) of each clip of a record. Raises BadUtterance."""
@@ -278,19 +284,24 @@ class SpeechDataset(torch.utils.data.Dataset):
         pieces, end_id = render_prompt(self.tokenizer, prompt, self.system_prompt)
         if len(pieces) != len(counts) + 1:
             raise BadUtterance(f"{len(pieces) - 1} {AUDIO} in the prompt for {len(counts)} audio clips")
-        prompt_ids = list(pieces[0])  # up to the first clip
-        for count, piece in zip(counts, pieces[1:], strict=True):
-            prompt_ids += speech_ids(count, self.audio_boundary_tokens) + piece  # a clip, and the text behind it
+        speech = [speech_ids(count, self.audio_boundary_tokens) for count in counts]  # of each clip
+        prompt_ids, labels = list(pieces[0]), []  # up to the first clip; nothing of the prompt is trained
+        for ids, piece in zip(speech, pieces[1:], strict=True):
+            prompt_ids += ids + piece  # a clip, and the text behind it
+        if self.train_on_turns == "all" and "messages" in record:
+            import conversations  # an option
+
+            prompt_ids, labels = conversations.with_labels(prompt, speech, self.tokenizer, render_prompt, AUDIO, IGNORE)
 
         target_ids = []
         if transcript is not None and self.with_targets:
             target_ids = [*self.tokenizer(transcript, add_special_tokens=False).input_ids, end_id]
         if check_length and self.max_length is not None and len(prompt_ids) + len(target_ids) > self.max_length:
             sizes = f"{len(prompt_ids)} positions of prompt and speech and {len(target_ids)} of transcript do not fit"
-            cure = "recognize.py --timestamps or --format cuts long audio at pauses"
             limit = f"{self.max_length} (--model_max_length, or what --max_new_tokens leaves)"
-            raise BadUtterance(f"{sizes} in {limit}; {cure}")
-        return {"prompt_ids": prompt_ids, "target_ids": target_ids, "features": sum(features, [])}
+            raise BadUtterance(f"{sizes} in {limit}; recognize.py --timestamps or --format cuts long audio at pauses")
+        labels = labels + target_ids  # of the last positions, never told by ids: many LLMs pad with their end token
+        return {"prompt_ids": prompt_ids, "target_ids": target_ids, "labels": labels, "features": sum(features, [])}
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:
         """Features (F, M) of a clip (S,); over 30 s, of its equal windows of at most 30 s."""
@@ -317,7 +328,7 @@ def collate(examples: list[dict], with_targets: bool = True) -> dict:
     return {
         "input_ids": pad_left(ids, 0),
         "attention_mask": pad_left([[1] * len(row) for row in ids], 0),  # (B, L), 0 = padding
-        "labels": pad_left(targets, IGNORE),  # from lengths, never from ids: many LLMs pad with their end token
+        "labels": pad_left([example["labels"] if with_targets else [] for example in examples], IGNORE),
         "input_values" if features[0].ndim == 1 else "input_features": pad_sequence(features, batch_first=True),
         "feature_lengths": torch.tensor([len(window) for window in features]),  # (A,)
         "index": [example["index"] for example in examples],

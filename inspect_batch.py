@@ -42,6 +42,7 @@ class Row:
     ids: list[int]  # (L,)
     mask: list[int]  # (L,) 0 = padding
     labels: list[int]  # (L,) IGNORE where nothing is trained
+    all_turns: bool = False  # --train_on_turns all: between the answers nothing is trained
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def rows_of(batch: dict, dataset: SpeechDataset) -> list[Row]:
         num_speech = (ids[b] == SPEECH).sum().item()
         seconds = min((num_speech + 1) / per_second, dataset.durations[index])  # a tail gives no embedding
         texts = record["where"], batch["bad"][b], transcript_of(record) or ""
-        rows.append(Row(*texts, seconds, *(x[b].tolist() for x in (ids, batch["attention_mask"], labels))))
+        columns = (x[b].tolist() for x in (ids, batch["attention_mask"], labels))
+        rows.append(Row(*texts, seconds, *columns, dataset.train_on_turns == "all"))
     return rows
 
 
@@ -149,7 +151,9 @@ def problem_of(row: Row, stop_ids: set[int]) -> str | None:
         return "a label that is not its own token: labels are not to be shifted, the model does that"
     if row.labels[-1] not in stop_ids:
         return "no end token under training: the model would never learn to stop"
-    if stops := [position for position in trained[:-1] if row.labels[position] in stop_ids]:
+    # Of several answers each has its end, behind which nothing is trained.
+    ends = {position for position in trained[:-1] if row.all_turns and row.labels[position + 1] == IGNORE}
+    if stops := [position for position in trained[:-1] if row.labels[position] in stop_ids and position not in ends]:
         return f"an end token inside the transcript, at its token {trained.index(stops[0]) + 1} of {len(trained)}"
     # 50 letters a second, or 25 Chinese characters: about twice the fastest speech. hallucination.py has the sources.
     if (least := least_seconds(row.transcript) + GRACE_SECONDS) > row.seconds:
@@ -180,8 +184,9 @@ def cells_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Cell]:
         else:
             text, style = show_token(tokenizer, token), PROMPT
         if label != IGNORE:
-            style = END if last else TRAINED
-        elif position > first_trained:
+            is_end = last or (row.all_turns and row.labels[position + 1] == IGNORE)
+            style = END if is_end else TRAINED
+        elif position > first_trained and not row.all_turns:
             style = WRONG  # a hole in the labels
         cells.append(Cell(text, "-" if label == IGNORE else show_token(tokenizer, label), str(mask), style))
     return cells

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quantize", help="4bit or 8bit: hold the LLM so, by bitsandbytes on a GPU")
     add("--dtype", dest="frozen_dtype", help="float32, bfloat16 or auto: of the frozen weights")
     add("--merge_lora", action="store_true", help="add LoRA to the weights beside it, for speed")
-    add("--data_path", help="manifest: JSON lines with 'wav' and, to be scored, 'txt'; or KIND:PLACE, see sources.py")
+    add("--data_path", nargs="+", help="JSON lines with 'wav' and, to be scored, 'txt'; or KIND:PLACE; or several")
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
     for option in fields(DecodingOptions):
         text = f"{option.metadata['help']} (default: {option.default})"

@@ -32,7 +32,8 @@ def parse(argv: Sequence[str] | None, metrics: dict[str, Callable], normalizers:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data_path", required=True, help="manifest with the references: JSON lines with wav and txt")
+    what = "manifest with the references: JSON lines with wav and txt; or those that were decoded together"
+    add("--data_path", required=True, nargs="+", help=what)
     results = parser.add_mutually_exclusive_group(required=True)
     results.add_argument("--result_path", help="what recognize.py wrote: .txt, or .jsonl with key and pred")
     what = (

@@ -9,6 +9,7 @@ import torch
 
 from errors import InputError, as_input_error
 from manifest import Records
+from mixture import Mixture
 
 # What the files of a checkpoint name beside what torch itself takes for data
 DATA_CLASSES = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct"}  # random states
@@ -64,6 +65,13 @@ def step_of(checkpoint: str | Path) -> int | None:
         return None
 
 
+def are_continued(records: Records, fingerprint: str, count: int) -> bool:
+    """Whether these are the `count` records of an earlier run, with others appended to them or to a source of them."""
+    if isinstance(records, Mixture):
+        return records.continues(fingerprint, count)
+    return records.fingerprint(count) == fingerprint
+
+
 def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[str]:
     """What a run does otherwise than the checkpoint that it goes on from, to be told. Raises InputError.
 
@@ -77,7 +85,7 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
     changed = [name for name in settings if name in before and settings[name] != before[name]]
     allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
     allowed |= {"auto_batch"} if has_budget else set()  # found, or given as a number
-    if "records" in changed and records.fingerprint(before["num_records"]) == before["records"]:
+    if "records" in changed and are_continued(records, before["records"], before["num_records"]):
         allowed |= {"records", "num_records"}  # lines were appended
     if not settings["deepspeed"]:  # which cannot deal its optimiser's states out anew
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")

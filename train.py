@@ -45,8 +45,14 @@ LEAST |= {"overfit": 0, "check": 0, "max_batch_seconds": 0, "max_batch_tokens": 
 
 @dataclass
 class DataArguments:
-    data_path: str = field(metadata={"help": "training manifest: JSON lines with 'wav' and 'txt'; or KIND:PLACE"})
-    eval_data_path: str | None = option(None, "manifest for --eval_strategy: loss and WER")
+    data_path: list[str] = field(metadata={"help": "JSON lines with wav and txt, or KIND:PLACE; several: PLACE:WEIGHT"})
+    no_speech_share: float = option(0.0, "share of an epoch that is silence and noise without text; 0 = none, below 1")
+    min_seconds: float = option(0.0, "leave shorter utterances out of the training data; 0 = off")
+    min_tokens: int = option(0, "leave shorter transcripts out of it, in tokens of the LLM; 0 = off")
+    max_tokens: int = option(0, "leave longer transcripts out of it, in tokens of the LLM; 0 = off")
+    max_characters_per_second: float = option(0.0, "leave out transcripts with more; spaces do not count; 0 = off")
+    train_on_turns: Literal["last", "all"] = option("last", "of a conversation: the last answer, or all, are trained")
+    eval_data_path: list[str] | None = option(None, "one manifest or several for --eval_strategy: loss and WER")
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
     max_seconds: float = option(30.0, "longest utterance, seconds; 0 = any")
     on_bad_audio: Literal["error", "skip"] = option("error", "what cannot be read or does not fit: stop, or skip it")
@@ -54,7 +60,7 @@ class DataArguments:
     augment: list[str] = option([], "gain, speed, noise:FOLDER, room, telephone, mask: in this order")
     projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
     save_best_by: str | None = option(None, "wer, cer, loss: keep the --save_total_limit best checkpoints and the last")
-    select_on: str | None = option(None, "manifest to evaluate and choose by; --eval_data_path then waits for the end")
+    select_on: list[str] | None = option(None, "to evaluate and choose by; --eval_data_path then waits for the end")
     log_predictions: int = option(0, "clips to show with all that the LLM reads and writes, in training and evaluation")
     log_predictions_steps: int = option(50, "in training show them every so many steps")
     max_batch_seconds: float = option(0, "batches by a budget: clips x the longest, seconds; 0 = by a number of clips")
@@ -127,7 +133,7 @@ def check(data: DataArguments, args: TrainArguments) -> None:
     if args.eval_strategy != "no" and not (data.eval_data_path or data.select_on or data.overfit):
         raise InputError(f"--eval_strategy {args.eval_strategy.value} wants a manifest; give --eval_data_path")
     if data.select_on and args.eval_strategy == "no":
-        raise InputError(f"--select_on {data.select_on}: nothing is evaluated during training; give --eval_strategy")
+        raise InputError(f"--select_on {data.select_on[0]}: nothing is evaluated during training; give --eval_strategy")
     if data.save_best_by:
         import keep_best  # an option
 
@@ -307,8 +313,9 @@ class ShowLoss(ProgressCallback):
 DECISIVE = """model_max_length max_seconds on_bad_audio augment projector_model_path seed data_seed learning_rate
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args lr_scheduler_type lr_scheduler_kwargs
     warmup_steps num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 fp16
-    train_sampling_strategy dataloader_drop_last label_smoothing_factor neftune_noise_alpha
-    average_tokens_across_devices max_batch_seconds max_batch_tokens auto_batch""".split()
+    train_sampling_strategy dataloader_drop_last label_smoothing_factor neftune_noise_alpha no_speech_share min_seconds
+    min_tokens max_tokens max_characters_per_second train_on_turns average_tokens_across_devices max_batch_seconds
+    max_batch_tokens auto_batch""".split()
 
 
 def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, records: Records) -> dict:
@@ -365,7 +372,12 @@ def main(argv: list[str] | None = None) -> None:
     sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
     sources["tested on"] = data.eval_data_path if data.select_on else None
     # Wrong input is reported before the model is loaded.
-    records = {use: open_records(source) for use, source in sources.items() if source}
+    records = {use: open_records(s, may_weigh=use == "trained on") for use, s in sources.items() if s is not None}
+    facts = {}  # for config.json and experiment.md
+    if any(limits := [data.min_seconds, data.min_tokens, data.max_tokens, data.max_characters_per_second]):
+        import filters  # an option
+
+        records["trained on"], facts["left out"] = filters.keep(records["trained on"], limits, config)
     if data.overfit:
         import overfit  # an option
 
@@ -381,10 +393,14 @@ def main(argv: list[str] | None = None) -> None:
         before = load_config(Path(checkpoint))  # knows the commits of the parts, and an evaluation
         for name in ("encoder_revision", "llm_revision", "training"):
             setattr(config, name, getattr(before, name))
+    if data.no_speech_share:
+        import no_speech  # an option
+
+        records["trained on"] = no_speech.add(records["trained on"], data, args.seed)
     model = load_model(config, data, args)
 
     options = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
-    options |= {"on_bad": data.on_bad_audio, "seed": args.seed}
+    options |= {"on_bad": data.on_bad_audio, "seed": args.seed, "train_on_turns": data.train_on_turns}
     datasets = {use: model.make_dataset(part, **options) for use, part in records.items()}
     if data.augment:
         from augment import Chain  # an option
@@ -394,10 +410,9 @@ def main(argv: list[str] | None = None) -> None:
         import frame_cache  # an option
 
         frame_cache.use(model, datasets, data, args)
-    facts = {}  # for config.json and experiment.md
     for use, part in datasets.items():
         size = f"{len(part):,} utterances, {part.seconds.sum() / 3600:.2f} hours"
-        facts[use] = f"{sources[use] or data.data_path}: {size}, fingerprint {part.records.fingerprint()}"
+        facts[use] = f"{' '.join(sources[use] or data.data_path)}: {size}, fingerprint {part.records.fingerprint()}"
     if (data.save_best_by or args.load_best_model_at_end) and args.eval_strategy != "no":
         facts["chosen on"] = records["evaluated on"].fingerprint()  # an error rate on these is no test
     model.config.training = (model.config.training or {}) | facts

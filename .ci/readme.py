@@ -85,7 +85,8 @@ def fill_folder() -> None:
     FOLDER.mkdir(parents=True)
     files = [path for ending in ("py", "txt", "yaml", "json") for path in ROOT.glob(f"*.{ending}")]
     links = {path.name: path for path in (*files, *(ROOT / name for name in PROGRAMS), DEMO / "wav")}
-    links |= {"train.jsonl": DEMO / "train.jsonl", "test.jsonl": DEMO / "test_known_voices.jsonl"}
+    links |= {"train.jsonl": DEMO / "train.jsonl", "meetings.jsonl": DEMO / "train.jsonl"}
+    links |= {"test.jsonl": DEMO / "test_known_voices.jsonl"}
     clip = next((DEMO / "wav").rglob("*.wav"))
     links |= {"a.wav": clip, "b.wav": clip}
     for name, path in links.items():

@@ -41,7 +41,7 @@ def test_a_yaml_file_stands_for_flags(tmp_path):
     model, data, training = parse([write(tmp_path, SECTIONS)])
     assert (model.encoder_name_or_path, model.projector) == ("microsoft/wavlm-large", "mlp")
     assert model.freeze_params == [r"^llm\.", r"^encoder\."] and model.lora_target_modules == ["q_proj", "v_proj"]
-    assert model.system_prompt is None and data.data_path == "train.jsonl"
+    assert model.system_prompt is None and data.data_path == ["train.jsonl"]
     assert (training.learning_rate, training.bf16, training.lr_scheduler_kwargs) == (1e-4, False, {"num_cycles": 2})
 
 

@@ -1,12 +1,22 @@
 """What conversations.py promises: prompts of several turns and clips are answered, or refused with the reason."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import soundfile
-from conftest import SAMPLE_RATE, noise
+from conftest import SAMPLE_RATE, TRAIN_FLAGS, make_tokenizer, noise, write_manifest
+from families import LLMS
+from runs import error_of
+from transformers import AutoTokenizer
 
+import train
+from conversations import with_labels
+from dataset import IGNORE, collate, render_prompt, set_chat_template
 from errors import BadUtterance, InputError
 from inputs import records_of
+from manifest import AUDIO, SPEECH
 
 NEW = {"max_new_tokens": 8}
 ANSWER = {"role": "assistant", "content": "hello"}
@@ -110,3 +120,118 @@ def test_prompts_are_wanted_and_no_tensors_beside_them(model):
 def test_an_answer_is_not_asked_for_after_an_answer(model):
     with pytest.raises(ValueError, match="last turn is the user's"):
         model.generate(prompts=[[ask("<audio>", noise(1)), ANSWER]], **NEW)
+
+
+# --train_on_turns all
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "First <audio>, second <audio>.", "audio": [noise(0.5, 1), noise(0.7, 2)]},
+    {"role": "assistant", "content": "hello world"},
+    {"role": "user", "content": "And <audio>?", "audio": [noise(0.9, 3)]},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "Nothing?"},
+    {"role": "assistant", "content": "hello"},
+]
+
+
+def example_of(model, turns: list[dict], train_on_turns: str = "all", **options) -> dict:
+    return model.make_dataset([{"messages": turns}], train_on_turns=train_on_turns, **options)[0]
+
+
+def trained_texts(tokenizer, labels: list[int]) -> list[str]:
+    """The runs of labels that are trained."""
+    runs = "".join(tokenizer.decode([label]) if label != IGNORE else "\0" for label in labels).split("\0")
+    return [run for run in runs if run]
+
+
+def test_all_answers_are_trained_with_their_end_tokens_and_nothing_else(model):
+    example = example_of(model, TURNS)
+    texts = trained_texts(model.tokenizer, example["labels"])
+    assert texts == ["hello world<|im_end|>", "<|im_end|>", "hello<|im_end|>"]
+    ids = example["prompt_ids"] + example["target_ids"]
+    for token, label in zip(ids[-len(example["labels"]) :], example["labels"], strict=True):
+        assert label == IGNORE or (token == label and token >= 0)  # no speech embedding
+    assert example["labels"][0] != IGNORE  # the vocabulary projection begins with the first of them
+
+
+def test_what_the_llm_reads_is_the_same_whatever_is_trained(model):
+    every, last = example_of(model, TURNS), example_of(model, TURNS, "last")
+    text = [model.tokenizer.decode([t for t in e["prompt_ids"] if t >= 0]) for e in (every, last)]
+    assert text[0] == text[1] and every["target_ids"] == last["target_ids"] == last["labels"]
+    assert every["prompt_ids"].count(SPEECH) == last["prompt_ids"].count(SPEECH)
+    assert trained_texts(model.tokenizer, last["labels"]) == ["hello<|im_end|>"]
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_an_earlier_answer_is_trained_by_every_familys_template(llm, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(LLMS[llm](tmp_path))
+    set_chat_template(tokenizer, None)
+    turns = [{"role": "user", "content": "Hear <audio>"}, {"role": "assistant", "content": "hello world"}]
+    ids, labels = with_labels(
+        [*turns, {"role": "user", "content": "More"}], [[SPEECH]], tokenizer, render_prompt, AUDIO, IGNORE
+    )
+    _, end_id = render_prompt(tokenizer, "<audio>")
+    trained = [label for label in labels if label != IGNORE]
+    assert trained == [*tokenizer("hello world", add_special_tokens=False).input_ids, end_id]
+    assert ids[-len(labels) :][: len(trained)] == trained and ids.count(SPEECH) == 1
+
+
+def test_of_a_conversation_of_one_turn_both_train_the_same(model):
+    turns = [ask("<audio> What?", noise(0.9, 7)), ANSWER]
+    every, last = example_of(model, turns), example_of(model, turns, "last")
+    assert all(every[key] == last[key] for key in ("prompt_ids", "target_ids", "labels"))
+    record = {"wav": noise(0.9, 7), "txt": "hello"}  # and of a line that is no conversation
+    lines = [model.make_dataset([record], train_on_turns=which)[0] for which in ("all", "last")]
+    assert lines[0]["labels"] == lines[1]["labels"] and lines[0]["prompt_ids"] == lines[1]["prompt_ids"]
+
+
+def test_the_loss_is_the_sum_over_the_answers_given_what_comes_before_each(model):
+    """As if each answer were the last of a conversation of its own."""
+    losses = []
+    for count in (3, 5, 7):
+        batch = collate([example_of(model, TURNS[:count], "last")])
+        losses.append(model(**batch, num_items_in_batch=1).loss.item())
+    batch = collate([example_of(model, TURNS)])
+    assert model(**batch, num_items_in_batch=1).loss.item() == pytest.approx(sum(losses), rel=1e-4)
+    other = example_of(model, [ask("<audio>", noise(2.0, 7)), ANSWER])  # padding beside it changes nothing
+    alone = model(**collate([other]), num_items_in_batch=1).loss.item()
+    both = model(**collate([example_of(model, TURNS), other]), num_items_in_batch=1).loss.item()
+    assert both == pytest.approx(sum(losses) + alone, rel=1e-4)
+
+
+def test_an_answer_that_holds_a_clip_is_not_trained(model):
+    turns = [
+        ask("<audio>", noise(0.5)),
+        {**ANSWER, "content": "heard <audio>", "audio": [noise(0.6)]},
+        ask("so?"),
+        ANSWER,
+    ]
+    example = example_of(model, turns)
+    assert trained_texts(model.tokenizer, example["labels"]) == ["hello<|im_end|>"]
+
+
+def test_where_the_template_places_the_audio_all_answers_cannot_be_trained(model):
+    tokenizer = make_tokenizer("{% for m in messages %}{{ '<audio>' if m.role == 'user' }}{{ m.content }}{% endfor %}")
+    turns = [ask("", noise(0.5)), ANSWER, ask("", noise(0.5)), ANSWER]
+    dataset = replace(model.make_dataset([{"messages": turns}], train_on_turns="all"), tokenizer=tokenizer)
+    with pytest.raises(BadUtterance, match="places <audio> or leaves turns out; wanted --train_on_turns last"):
+        dataset[0]
+    assert replace(dataset, train_on_turns="last")[0]["target_ids"]
+
+
+def test_a_run_trains_all_answers_and_every_look_at_it_works(world, call, tmp_path):
+    rows = []
+    for number in range(4):
+        clips = [str(world / f"clip{number + 1 + n}.wav") for n in range(2)]
+        rows.append(
+            {"messages": [ask("<audio>", clips[0]), ANSWER, ask("<audio>", clips[1]), {**ANSWER, "content": "world"}]}
+        )
+    path = write_manifest(tmp_path / "train.jsonl", rows)
+    flags = f"{TRAIN_FLAGS} --llm_model_name_or_path llm --data_path {path} --output_dir {tmp_path}/run --max_steps 2"
+    flags += " --per_device_train_batch_size 4 --train_on_turns all"
+    checked = call(train.main, f"{flags} --check").out
+    assert "nothing wrong found" in checked and checked.count(", 5 trained") == 4
+    screen = call(train.main, f"{flags} --eval_data_path {path} --log_predictions 1 --log_predictions_steps 1")
+    assert re.search(r"reference .* world +\(2 tokens\)", screen.out) and "evaluation: loss" in screen.out
+    assert "train_on_turns was 'all' and is 'last'" in error_of(call, f"{flags} --train_on_turns last")

@@ -633,7 +633,8 @@ def test_an_utterance_may_become_bad_by_augmentation_and_is_told_as_any_other():
 
 def make_example(prompt_ids: list[int], target_ids: list[int], frames: list[int], index: int = 0) -> dict:
     features = [torch.ones(length, 3) * (index + 1) for length in frames]
-    return {"index": index, "bad": None, "prompt_ids": prompt_ids, "target_ids": target_ids, "features": features}
+    ids = {"prompt_ids": prompt_ids, "target_ids": target_ids, "labels": target_ids}
+    return {"index": index, "bad": None, **ids, "features": features}
 
 
 def test_ids_are_padded_on_the_left_and_labels_cover_the_last_positions():

@@ -320,5 +320,5 @@ def test_parts_may_be_nested_and_what_is_no_part_is_told():
 )
 def test_a_yaml_recipe_is_valid_and_says_how_it_is_started(path):
     _, data, training = train.parse([str(path), "--bf16", "False", "--use_cpu"])
-    assert data.data_path.endswith("train.jsonl") and training.output_dir
+    assert data.data_path[0].endswith("train.jsonl") and training.output_dir
     assert f"train.py {path.relative_to(ROOT)}" in path.read_text()

@@ -140,7 +140,7 @@ def test_help_names_the_flags_and_the_older_names(capsys):
 def test_the_examples_are_valid(name):
     (path,) = [path for path in ROOT.rglob(name) if ".venv" not in path.parts]
     model, data, training = parse([str(path), "--bf16", "False", "--use_cpu"])
-    assert data.data_path == "train.jsonl" and training.output_dir
+    assert data.data_path == ["train.jsonl"] and training.output_dir
     if name.startswith("wavlm"):
         names = model.encoder_name_or_path, model.llm_model_name_or_path
         assert names == ("microsoft/wavlm-large", "meta-llama/Llama-3.2-1B")

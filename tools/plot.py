@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="output folders of train.py, or checkpoints in them")
     add("--result", help="a result file of recognize.py, .txt or .jsonl")
-    add("--data_path", help="the manifest of --result, with transcripts")
+    add("--data_path", nargs="+", help="the manifest of --result, or several, with transcripts")
     add("--attention", metavar="AUDIO", help="an audio file")
     add("--model_path", help="the model for --attention: folder or Hub name")
     add("--last_layers", type=int, default=0, help="--attention in so many layers, the last ones (default: 0 = all)")
@@ -112,13 +112,13 @@ def plot_runs(folders: list[str]) -> plt.Figure:
 # A result file
 
 
-def plot_result(result_path: str, data_path: str) -> plt.Figure:
+def plot_result(result_path: str, data_path: str | list[str]) -> plt.Figure:
     """The error rate in bins of the duration, and how many utterances each bin holds."""
     rows = read_rows(data_path, result_path)
     result, seconds = score(rows.references, rows.hypotheses, rows.durations), np.array(rows.durations)
     known = np.isfinite(seconds)
     if not known.any():
-        raise InputError(f"{data_path}: no duration is known; wanted 'duration' in its lines, or the audio files")
+        raise InputError(f"{result_path}: no duration is known; wanted 'duration' in the manifest, or the audio files")
     edges = MaxNLocator(MOST_BINS).tick_values(seconds[known].min(), seconds[known].max())  # round numbers
     bin_of = np.clip(np.digitize(seconds, edges) - 1, 0, len(edges) - 2)  # the last edge belongs to the last bin
     members = [np.flatnonzero(known & (bin_of == b)) for b in range(len(edges) - 1)]  # lines of each bin
