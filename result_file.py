@@ -41,11 +41,14 @@ class Rows:
         return speakers if None not in self.values["speaker"] and len(set(speakers)) > 1 else None
 
 
-def read_rows(data_path: str, result_path: str, by: Sequence[str] = ()) -> Rows:
-    """The lines of a result file beside those of its manifest, with the values of the keys `by`. Raises InputError."""
+def read_rows(data_path: str, result_path: str, by: Sequence[str] = (), **options: str) -> Rows:
+    """The lines of a result file beside those of its manifest, with the values of the keys `by`. Raises InputError.
+
+    `options` are fields of SourceOptions.
+    """
     from dataset import open_records  # here, because dataset imports torch, for 2 s
 
-    records = open_records(data_path, needs_text=False)
+    records = open_records(data_path, needs_text=False, **options)
     rows, lines = Rows(records, values={key: [] for key in {"speaker", *by}}), read_lines(result_path, len(records))
     for index, (record, line) in enumerate(zip(records, lines, strict=True)):
         key = key_of(record)

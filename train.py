@@ -31,7 +31,7 @@ from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainerCal
 
 from dataset import SpeechDataset, collate, open_records
 from errors import InputError, as_input_error, nearest, run
-from manifest import Records
+from manifest import Records, SourceOptions, source_options
 from model import ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, option
 
 # Arguments
@@ -43,8 +43,8 @@ LEAST |= {"learning_rate": 0, "dataloader_num_workers": 0, "seed": 0, "log_predi
 LEAST |= {"overfit": 0, "check": 0}  # of numbers that nobody else checks
 
 
-@dataclass
-class DataArguments:
+@dataclass(kw_only=True)
+class DataArguments(SourceOptions):
     data_path: str = field(metadata={"help": "training manifest: JSON lines with 'wav' and 'txt'; or KIND:PLACE"})
     eval_data_path: str | None = option(None, "manifest for --eval_strategy: loss and WER")
     model_max_length: int = option(512, "most LLM positions of prompt, speech and transcript")
@@ -357,8 +357,12 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)  # the new weights of the projector
     sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
     sources["tested on"] = data.eval_data_path if data.select_on else None
-    # Wrong input is reported before the model is loaded.
-    records = {use: open_records(source) for use, source in sources.items() if source}
+    others = source_options(data) | {"data_split": "", "data_amount": ""}  # an evaluation: hf:NAME:SPLIT
+    records = {}  # wrong input is reported before the model is loaded
+    for use, source in sources.items():
+        if source:
+            options = source_options(data) if use == "trained on" else others if source.startswith("hf:") else {}
+            records[use] = open_records(source, **options)
     if data.overfit:
         import overfit  # an option
 
