@@ -72,15 +72,16 @@ def cuts_of(path: Path) -> Iterator[tuple[str, "Cut"]]:
         from lhotse.cut import Cut
     except ImportError:
         raise InputError(f"{path}: the package lhotse is missing; pip install lhotse") from None
-    number = 0
+    number = 1
     try:
-        for number, cut in enumerate(CutSet.from_file(path), 1):
+        for cut in CutSet.from_file(path):
             if not isinstance(cut, Cut):
                 raise TypeError(f"a {type(cut).__name__}")
             yield f"{path}:{number}", cut
+            number += 1
     except (OSError, EOFError, ValueError, LookupError, TypeError, AssertionError, AttributeError, zlib.error) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}:{number + 1}: no cut ({reason}); wanted what CutSet.to_file writes, whole") from None
+        raise InputError(f"{path}:{number}: no cut ({reason}); wanted what CutSet.to_file writes, whole") from None
 
 
 def record_of(cut: "Cut", where: str, needs_text: bool) -> dict:

@@ -220,7 +220,7 @@ def test_a_field_of_a_json_file_in_a_tar_can_be_renamed(tmp_path):
     names = {"json.words": "txt", "json.seconds": "duration"}
     records = open_records(f"hf:{tmp_path}", remap_keys=json.dumps(names))
     assert records[0]["txt"] == "hello" and records.durations.tolist() == [0.5]
-    with pytest.raises(InputError, match=r"it has wav, json, __key__, __url__, json\.words, json\.seconds"):
+    with pytest.raises(InputError, match=r"it has .*json\.words, json\.seconds; give"):
         open_records(f"hf:{tmp_path}")
 
 
@@ -254,8 +254,8 @@ def test_a_bad_row_is_told_with_its_number(columns, told, tmp_path):
 
 
 def test_a_data_set_without_rows_is_told(tmp_path):
-    whole().filter(lambda row: False).save_to_disk(tmp_path / "s")
-    with pytest.raises(InputError, match="hf:.*: the data set is empty; wanted rows"):
+    whole().select([]).save_to_disk(tmp_path / "s")
+    with pytest.raises(InputError, match=r"hf:.*: the data set is empty; wanted rows"):
         open_records(f"hf:{tmp_path}/s")
 
 
