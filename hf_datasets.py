@@ -74,7 +74,7 @@ def open_dataset(place: str, subset: str = "", split: str = "", streaming: bool 
         return datasets.load_dataset(folder, subset, split=split, data_files=files, streaming=streaming)
     except InputError:  # says it already
         raise
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError, tarfile.TarError) as error:
         reason = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" ...")
         wanted = "wanted a name on the Hub, or a folder of parquet, audio, JSON lines or tars"
         raise InputError(f"hf:{place}: cannot be opened ({reason}); {wanted}") from error

@@ -156,7 +156,8 @@ def test_a_kaldi_folder_without_wav_scp_is_told(tmp_path):
     ],
 )
 def test_a_part_of_any_source_can_be_taken(tmp_path, amount, numbers):
-    rows = [{"wav": f"{i}.wav", "txt": str(i), "duration": i, "end": i + 1} for i in range(10)]
+    rows = [{"wav": "a.wav", "txt": str(i), "end": i + 1} for i in range(10)]
+    (tmp_path / "a.wav").touch()
     path = write_manifest(tmp_path / "m.jsonl", rows)
     records = open_records(path, data_amount=amount)
     assert "".join(transcript_of(record) for record in records) == numbers
@@ -184,7 +185,7 @@ def test_a_part_that_is_none_is_told(tmp_path, amount):
 
 def test_an_option_of_which_a_source_has_no_use_is_told(tmp_path, kaldi):
     path = write_manifest(tmp_path / "m.jsonl", [{"wav": "a.wav", "txt": "a"}])
-    with pytest.raises(InputError, match="^--data_split: a manifest has no use for it; wanted a --data_path hf:PLACE"):
+    with pytest.raises(InputError, match=r"^--data_split: a manifest has no use for it; wanted a --data_path hf:PLACE"):
         open_records(path, data_split="dev")
-    with pytest.raises(InputError, match="^--remap_keys: kaldi has no use for it"):
+    with pytest.raises(InputError, match=r"^--remap_keys: kaldi has no use for it"):
         open_records(f"kaldi:{kaldi}", remap_keys='{"a": "txt"}', data_amount=":1")
