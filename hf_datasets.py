@@ -58,17 +58,22 @@ def open_dataset(place: str, subset: str = "", split: str = "", streaming: bool 
     except ImportError:
         raise InputError(f"hf:{place}: the package datasets is missing; pip install datasets") from None
     datasets.Audio.encode_example = stored_audio  # theirs wants torchcodec and FFmpeg, even where nothing is encoded
-    for path in [*glob(place), *glob(f"{place}/**/*", recursive=True)]:
+    for path in [*glob(place), *glob(f"{place}/**/*.tar", recursive=True)]:
         if path.endswith(".tar"):
             check_tar(Path(path))
     subset = subset or None  # as datasets has it
+    if "/" not in place and not Path(place).exists() and not is_file(place):  # datasets would take "json" for a format
+        raise InputError(f"hf:{place}: no such folder; wanted one, or a name on the Hub: OWNER/NAME")
     try:
         if any(Path(place, name).is_file() for name in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(place)
             splits = saved if isinstance(saved, dict) else {str(saved.split or split or "train"): saved}
             dataset = splits[named_split(place, split, list(splits))]
             return dataset.to_iterable_dataset() if streaming else dataset
-        folder, files = (str(Path(place).parent), Path(place).name) if is_file(place) else (place, None)
+        folder, files = (Path(place).parent, Path(place).name) if is_file(place) else (place, None)
+        folder = (
+            str(Path(folder).absolute()) if Path(folder).is_dir() else place
+        )  # absolute: it may be named "json", too
         if not split:
             split = named_split(place, split, datasets.get_dataset_split_names(folder, subset, data_files=files))
         return datasets.load_dataset(folder, subset, split=split, data_files=files, streaming=streaming)

@@ -197,6 +197,7 @@ def test_a_split_is_named_by_the_place_or_by_the_flag_and_else_is_train(tmp_path
         (parquet, {"remap_keys": "text=txt"}, "--remap_keys text=txt: wanted JSON such as"),
         (parquet, {"remap_keys": '{"text": 1}'}, "--remap_keys .*: wanted JSON such as"),
         (lambda folder: f"{folder}/nowhere", {}, "nowhere: cannot be opened .*wanted a name on the Hub, or a folder"),
+        (lambda folder: "nowhere", {}, "^hf:nowhere: no such folder; wanted one, or a name on the Hub: OWNER/NAME"),
         (lambda folder: "nobody/nothing", {}, "hf:nobody/nothing: cannot be opened .*on the Hub.*wanted a name on"),
     ],
 )
@@ -222,6 +223,13 @@ def test_a_field_of_a_json_file_in_a_tar_can_be_renamed(tmp_path):
     assert records[0]["txt"] == "hello" and records.durations.tolist() == [0.5]
     with pytest.raises(InputError, match=r"it has .*json\.words, json\.seconds; give"):
         open_records(f"hf:{tmp_path}")
+
+
+def test_a_folder_may_have_the_name_of_a_format(tmp_path, monkeypatch):
+    (tmp_path / "parquet").mkdir()
+    parquet(tmp_path / "parquet")
+    monkeypatch.chdir(tmp_path)
+    assert [transcript_of(record) for record in open_records("hf:parquet")] == TEXTS
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
