@@ -295,7 +295,7 @@ def test_the_fingerprint_tells_other_texts_and_other_audio_and_knows_the_first_r
     first = records(whole(range(2))).fingerprint()
     assert records(whole()).fingerprint(2) == first != records(whole()).fingerprint()
     assert records(whole(range(1, 3))).fingerprint() != first
-    other = table({"audio": [{"bytes": wav(i), "path": f"clip{i}.wav"} for i in (0, 3)], "text": TEXTS[:2]})
+    other = table({"audio": [{"bytes": wav(3 * i), "path": f"clip{i}.wav"} for i in (0, 1)], "text": TEXTS[:2]})
     assert records(other.rename_column("audio", "wav")).fingerprint() != first
     assert records(whole().select([1, 0]).select([1, 0])).fingerprint() == first  # rows that are picked, in order
 
