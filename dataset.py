@@ -37,21 +37,23 @@ PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
 )
 
 
-def open_records(source: str | Path | list[str], needs_text: bool = True, may_weigh: bool = False) -> Records:
-    """The records of a manifest, of KIND:PLACE (see sources.py), or of several (see mixture.py). Raises InputError."""
+def open_records(
+    source: str | Path | list[str], needs_text: bool = True, may_weigh: bool = False, **options: str
+) -> Records:
+    """The records of a manifest, of KIND:PLACE (see sources.py), or of several (see mixture.py). Raises InputError.
+
+    `options` are fields of SourceOptions.
+    """
     if isinstance(source, list) and not (len(source) == 1 and Path(source[0]).exists()):
         import mixture  # an option
 
-        return mixture.open_sources(source, partial(open_records, needs_text=needs_text), may_weigh)
-    source = source[0] if isinstance(source, list) else source
-    kind, colon, place = str(source).partition(":")
-    if not colon or Path(source).exists():
+        return mixture.open_sources(source, partial(open_records, needs_text=needs_text, **options), may_weigh)
+    source = str(source[0] if isinstance(source, list) else source)
+    if not options and (":" not in source or Path(source).exists()):
         return Manifest(source, needs_text)
-    from sources import SOURCES  # an option
+    from sources import open_source  # an option
 
-    if kind not in SOURCES:
-        raise InputError(f"{source}: no such file, and no source {kind!r}; wanted one of {', '.join(SOURCES)}")
-    return SOURCES[kind](place, needs_text)
+    return open_source(source, needs_text, **options)
 
 
 # Audio
@@ -62,8 +64,8 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | 
 
     Channels are averaged; other rates are resampled by soxr. `start` and `end` are seconds. Raises BadUtterance.
     """
-    if isinstance(audio, (str, Path)):
-        samples = read_samples(Clip(Path(audio), start, end))
+    if isinstance(audio, str) or hasattr(audio, "open"):  # a path, or a file inside another: packed_audio.py
+        samples = read_samples(Clip(Path(audio) if isinstance(audio, str) else audio, start, end))
     else:
         samples, audio = np.asarray(audio), "audio array"
         if not np.issubdtype(samples.dtype, np.floating):
@@ -94,7 +96,7 @@ def audio_seconds(record: dict) -> float:
     """Seconds of audio in a record, from the headers of its files. Raises BadUtterance if one cannot be read."""
     total = 0.0  # seconds
     for clip in clips_of(record):
-        if not isinstance(clip.audio, Path):
+        if not hasattr(clip.audio, "open"):
             total += len(load_audio(*clip)) / SAMPLE_RATE
             continue
         with open_audio(clip) as file:
@@ -106,9 +108,10 @@ def audio_seconds(record: dict) -> float:
 def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
     """The file of a clip. Raises BadUtterance if it is missing, unreadable, or ends before its header says."""
     try:
-        if not clip.audio.is_file():  # SoundFile would wait for the writer of a pipe
+        is_path = isinstance(clip.audio, Path)
+        if is_path and not clip.audio.is_file():  # SoundFile would wait for the writer of a pipe
             raise BadUtterance(f"{clip.audio}: no such file; wanted a wav, flac, ogg or mp3 file")
-        with soundfile.SoundFile(clip.audio) as file:
+        with soundfile.SoundFile(clip.audio if is_path else clip.audio.open()) as file:
             # libsndfile notes where a wav file has less data than its header says. Sizes of 2 GB and more mean that its
             # writer, at the end of a pipe, could not go back and fill them in.
             sizes = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)

@@ -156,7 +156,7 @@ def key_of(record: dict) -> str:
 
 
 class Clip(NamedTuple):  # a stretch of audio, for one <audio>
-    audio: Path | np.ndarray  # a file, or samples (S,) at 16 kHz
+    audio: Path | np.ndarray  # a file (one inside another too, see packed_audio.py), or samples (S,) at 16 kHz
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None = to the end of the file
 
@@ -178,18 +178,40 @@ def stated_seconds(record: dict) -> float:
         return record["end"] - record.get("start", 0)  # without a look at the audio
     if "duration" in record:
         return record["duration"]
-    if isinstance(record.get("wav"), (str, Path, type(None))):
+    if isinstance(record.get("wav"), (str, Path, type(None))) or hasattr(record["wav"], "open"):
         return np.nan
     return len(record["wav"]) / SAMPLE_RATE - record.get("start", 0)
-
-
-# Decoding
 
 
 def option(default: Any, help: str, **metadata) -> Any:
     """A field with a help text for the command line."""
     values = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**values, metadata={"help": help, **metadata})
+
+
+@dataclass
+class SourceOptions:
+    """What to take of a source of data: flags of train.py, recognize.py and score.py."""
+
+    data_subset: str = option("", "hf: the configuration of a data set of Hugging Face")
+    data_split: str = option("train", "hf: its split, if --data_path does not name one, as hf:NAME:SPLIT does")
+    data_amount: str = option("", "the stretch of the records to take, as of a list: :1000 or :10%% or 10%%:")
+    remap_keys: str = option("", """hf: columns by our keys, as JSON: '{"sentence": "txt"}'""")
+
+
+def source_options(args: Any, evaluated: list[str] | None = None) -> dict[str, str]:
+    """The SourceOptions among parsed arguments that are not as they are by default, for open_records.
+
+    Sources to be `evaluated` name their own split, hf:NAME:SPLIT, and are taken whole.
+    """
+    values = {option.name: getattr(args, option.name) for option in fields(SourceOptions)}
+    if evaluated is not None:
+        is_hf = all(source.startswith("hf:") for source in evaluated)
+        values = values | {"data_split": "", "data_amount": ""} if is_hf else {}
+    return {name: value for name, value in values.items() if value != getattr(SourceOptions, name)}
+
+
+# Decoding
 
 
 @dataclass(frozen=True)

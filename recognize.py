@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from tqdm import tqdm
 
 from errors import InputError, run
-from manifest import DecodingOptions, Hypothesis, Records, key_of, transcript_of
+from manifest import DecodingOptions, Hypothesis, Records, SourceOptions, key_of, source_options, transcript_of
 from score import score
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--merge_lora", action="store_true", help="add LoRA to the weights beside it, for speed")
     add("--data_path", nargs="+", help="JSON lines with 'wav' and, to be scored, 'txt'; or KIND:PLACE; or several")
     add("--result_path", help="where the hypotheses go: .txt = one a line, .jsonl = one object a line")
-    for option in fields(DecodingOptions):
-        text = f"{option.metadata['help']} (default: {option.default})"
+    for option in (*fields(SourceOptions), *fields(DecodingOptions)):
+        text = f"{option.metadata['help']} (default: {option.default!r})"
         kind = {"action": "store_true"} if option.type is bool else {"type": option.type}
         add(f"--{option.name}", default=option.default, help=text, **kind)
     add("--format", choices=("txt", "srt", "vtt", "json"), help="segments with times, of an audio file of any length")
@@ -91,7 +91,8 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
     """Decode a manifest into a result file, on one process or on a share each of several, and score it."""
     from dataset import open_records
 
-    records = open_records(args.data_path, needs_text=False)  # wrong input is reported before the model is loaded
+    # Wrong input is reported before the model is loaded.
+    records = open_records(args.data_path, needs_text=False, **source_options(args))
     rank, num_processes, wait_for_all = 0, int(os.environ.get("WORLD_SIZE", 1)), lambda: None
     if num_processes > 1:
         import distributed  # an option
@@ -209,7 +210,8 @@ def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypot
             row = {name: x for name, x in asdict(hypotheses[index]).items() if x is not None or name == "problem"}
             text = row.pop("text")  # named pred in the file, as its users know it
             row = {"key": key_of(record), "wav": record.get("wav"), "txt": transcript_of(record), "pred": text} | row
-            file.write((json.dumps(row, ensure_ascii=False) if result_path.endswith(".jsonl") else text) + "\n")
+            line = json.dumps(row, ensure_ascii=False, default=str) if result_path.endswith(".jsonl") else text
+            file.write(line + "\n")  # str: audio inside another file
     os.replace(f"{result_path}.whole", result_path)  # in one step
 
 

@@ -7,11 +7,12 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 from hallucination import shorten
 from intervals import LEVEL, Interval, rate_interval
+from manifest import SourceOptions, source_options
 from result_file import Rows, read_rows
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def parse(argv: Sequence[str] | None, metrics: dict[str, Callable], normalizers:
     add = parser.add_argument
     what = "manifest with the references: JSON lines with wav and txt; or those that were decoded together"
     add("--data_path", required=True, nargs="+", help=what)
+    for option in fields(SourceOptions):
+        add(f"--{option.name}", default=option.default, help=f"{option.metadata['help']} (default: {option.default!r})")
     results = parser.add_mutually_exclusive_group(required=True)
     results.add_argument("--result_path", help="what recognize.py wrote: .txt, or .jsonl with key and pred")
     what = (
@@ -98,7 +101,7 @@ def report(argv: Sequence[str] | None, score: Callable, metrics: dict[str, Calla
     args = parse(argv, metrics, normalizers)
     systems = []  # one, or the two that are compared
     for path in args.compare or [args.result_path]:
-        rows = read_rows(args.data_path, path, args.by)  # checked: a line for a line
+        rows = read_rows(args.data_path, path, args.by, **source_options(args))  # checked: a line for a line
         result = score(rows.references, rows.hypotheses, rows.durations, args.metric, args.normalizer)
         systems.append(System(rows, result, intervals_of(result, rows.speakers, args.num_resamples)))
     if args.compare:

@@ -41,14 +41,15 @@ class Rows:
         return speakers if None not in self.values["speaker"] and len(set(speakers)) > 1 else None
 
 
-def read_rows(data_path: str | list[str], result_path: str, by: Sequence[str] = ()) -> Rows:
+def read_rows(data_path: str | list[str], result_path: str, by: Sequence[str] = (), **options: str) -> Rows:
     """The lines of a result file beside those of its manifest, with the values of the keys `by`. Raises InputError.
 
-    `data_path` is a manifest or another source, or several that were decoded together.
+    `data_path` is a manifest or another source, or several that were decoded together; `options` are fields of
+    SourceOptions.
     """
     from dataset import open_records  # here, because dataset imports torch, for 2 s
 
-    records = open_records(data_path, needs_text=False)
+    records = open_records(data_path, needs_text=False, **options)
     data_path = " ".join([data_path] if isinstance(data_path, str) else data_path)  # for the messages
     rows, lines = Rows(records, values={key: [] for key in {"speaker", *by}}), read_lines(result_path, len(records))
     for index, (record, line) in enumerate(zip(records, lines, strict=True)):

@@ -2,17 +2,20 @@
 
 A source is a function (place, needs_text) -> Records, and a row in SOURCES. Records are described in manifest.py; most
 sources are read into a RecordList: a list of dicts with the keys of a manifest's line, and "where" they come from.
+Further arguments with the names of SourceOptions get the values of these flags.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 
 from errors import InputError
-from manifest import Records, check_record, stated_seconds, without_nulls
+from manifest import Manifest, Records, check_record, stated_seconds, without_nulls
 
 
 class RecordList(Sequence):
@@ -126,4 +129,83 @@ def text_of(path: Path) -> str:
         raise InputError(f"{path}: {error}; wanted text in UTF-8") from None
 
 
-SOURCES: dict[str, Callable[[str, bool], Records]] = {"folder": folder, "nemo": nemo, "kaldi": kaldi}
+def hf(place: str, needs_text: bool, data_subset: str = "", data_split: str = "train", remap_keys: str = "") -> Records:
+    """A data set of Hugging Face, on the Hub or in a folder: see hf_datasets.py."""
+    import hf_datasets
+
+    return hf_datasets.records_of_place(place, needs_text, data_subset, data_split, key_names(remap_keys))
+
+
+def key_names(remap_keys: str) -> dict[str, str]:
+    """Their keys -> ours, of --remap_keys. Raises InputError."""
+    try:
+        names = json.loads(remap_keys or "{}")
+    except ValueError:
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"--remap_keys {remap_keys}: wanted JSON such as {json.dumps({'sentence': 'txt'})}")
+    return names
+
+
+def lhotse(place: str, needs_text: bool) -> Records:
+    """A CutSet of Lhotse, in JSON lines: see lhotse_cuts.py."""
+    import lhotse_cuts
+
+    return lhotse_cuts.read_cuts(place, needs_text)
+
+
+def shar(place: str, needs_text: bool) -> Records:
+    """A folder of Lhotse Shar: cuts.*.jsonl.gz beside recording.*.tar, which hold the audio."""
+    import lhotse_cuts
+
+    return lhotse_cuts.read_shards(place, needs_text)
+
+
+SOURCES: dict[str, Callable[..., Records]] = {"folder": folder, "nemo": nemo, "kaldi": kaldi}
+SOURCES |= {"hf": hf, "lhotse": lhotse, "shar": shar}
+
+
+def open_source(source: str, needs_text: bool, data_amount: str = "", **options: str) -> Records:
+    """The records of KIND:PLACE, or of a manifest of which `options` want something. Raises InputError."""
+    kind, colon, place = source.partition(":")
+    if not colon or Path(source).exists():
+        kind, place, read = "a manifest", source, Manifest
+    elif kind in SOURCES:
+        read = SOURCES[kind]
+    else:
+        raise InputError(f"{source}: no such file, and no source {kind!r}; wanted one of {', '.join(SOURCES)}")
+    if unknown := sorted(options.keys() - set(signature(read).parameters)):
+        raise InputError(f"--{unknown[0]}: {kind} has no use for it; wanted a --data_path hf:PLACE with it")
+    records = read(place, needs_text, **options)
+    return Part(records, data_amount) if data_amount else records
+
+
+class Part(Sequence):
+    """A stretch of records, START:END as of a list; a number with % is a share of them all. Raises InputError."""
+
+    def __init__(self, records: Records, amount: str):
+        if not (match := re.fullmatch(r"(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?", amount)):
+            raise InputError(f"--data_amount {amount}: wanted a stretch, such as :1000 or :10% or 10%:")
+        start, start_percent, end, end_percent = match.groups()
+
+        def position(number: str | None, percent: str | None) -> int | None:
+            if number is None:  # from the first, or to the last
+                return None
+            return round(int(number) * len(records) / 100) if percent else int(number)
+
+        part = slice(position(start, start_percent), position(end, end_percent))
+        self.records, self.indices, self.durations = records, range(len(records))[part], records.durations[part]
+        if not self.indices:
+            raise InputError(f"--data_amount {amount}: leaves none of {len(records):,} records")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.records[self.indices[index]]
+
+    def fingerprint(self, count: int | None = None) -> str:
+        """That of all records up to the last; so that one which begins with the first is that of a shorter source."""
+        start, end = self.indices.start, self.indices[:count].stop
+        digest = self.records.fingerprint(end)
+        return sha256(f"{start} {digest}".encode()).hexdigest() if start else digest

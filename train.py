@@ -31,7 +31,7 @@ from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainerCal
 
 from dataset import SpeechDataset, collate, open_records
 from errors import InputError, as_input_error, nearest, run
-from manifest import Records
+from manifest import Records, SourceOptions, source_options
 from model import ModelArguments, SpeechLLM, SpeechLLMConfig, load_config, option
 
 # Arguments
@@ -43,8 +43,8 @@ LEAST |= {"learning_rate": 0, "dataloader_num_workers": 0, "seed": 0, "log_predi
 LEAST |= {"overfit": 0, "check": 0, "max_batch_seconds": 0, "max_batch_tokens": 0}  # what nobody else checks
 
 
-@dataclass
-class DataArguments:
+@dataclass(kw_only=True)
+class DataArguments(SourceOptions):
     data_path: list[str] = field(metadata={"help": "JSON lines with wav and txt, or KIND:PLACE; several: PLACE:WEIGHT"})
     no_speech_share: float = option(0.0, "share of an epoch that is silence and noise without text; 0 = none, below 1")
     min_seconds: float = option(0.0, "leave shorter utterances out of the training data; 0 = off")
@@ -371,8 +371,11 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)  # the new weights of the projector
     sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
     sources["tested on"] = data.eval_data_path if data.select_on else None
-    # Wrong input is reported before the model is loaded.
-    records = {use: open_records(s, may_weigh=use == "trained on") for use, s in sources.items() if s is not None}
+    records = {}  # wrong input is reported before the model is loaded
+    for use, source in sources.items():
+        options = source_options(data, None if use == "trained on" else source)
+        if source is not None:
+            records[use] = open_records(source, may_weigh=use == "trained on", **options)
     facts = {}  # for config.json and experiment.md
     if any(limits := [data.min_seconds, data.min_tokens, data.max_tokens, data.max_characters_per_second]):
         import filters  # an option

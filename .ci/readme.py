@@ -5,11 +5,13 @@ become 2 on the CPU, and long training stops after a few steps. Hub names are lo
 random models have them. `make` lines are run by .ci/run itself.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -96,6 +98,47 @@ def fill_folder() -> None:
     make_recordings(FOLDER / "recordings")
     make_librispeech(FOLDER / "corpora")
     make_aishell(FOLDER / "corpora")
+    make_sources(FOLDER, [json.loads(line) for line in (DEMO / "train.jsonl").read_text().splitlines()[:8]])
+
+
+def make_sources(folder: Path, rows: list[dict]) -> None:
+    """The clips of `rows` as each source in the README's table; the data set of the Hub is a folder with its name."""
+    from datasets import Audio, Dataset
+    from lhotse import CutSet, Recording, SupervisionSegment
+
+    hub = "fixie-ai/common_voice"
+    for name in ("data/train", "speech", "audiofolder/train", "shards", "parquet", "shar", f"{hub}/en"):
+        (folder / name).mkdir(parents=True)
+    clips = [(DEMO / row["wav"], row["txt"]) for row in rows]
+    for place in ("speech", "audiofolder/train"):
+        for path, _ in clips:
+            (folder / place / path.name).symlink_to(path)
+    write = {
+        "train.json": [json.dumps({"audio_filepath": str(path), "text": text}) for path, text in clips],
+        "audiofolder/train/metadata.jsonl": [json.dumps({"file_name": p.name, "text": text}) for p, text in clips],
+        "data/train/wav.scp": [f"{path.stem} {path}" for path, _ in clips],
+        "data/train/text": [f"{path.stem} {text}" for path, text in clips],
+    }
+    write |= {f"speech/{path.stem}.txt": [text] for path, text in clips}
+    for name, lines in write.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    cuts = []
+    with tarfile.open(folder / "shards/train-000.tar", "w") as tar:
+        for path, text in clips:
+            for file in (path, folder / f"speech/{path.stem}.txt"):
+                tar.add(file, file.name)
+            cuts.append(Recording.from_file(path).to_cut())
+            cuts[-1].supervisions = [SupervisionSegment(path.stem, path.stem, 0, cuts[-1].duration, text=text)]
+    cuts = CutSet.from_cuts(cuts)
+    cuts.to_file(folder / "cuts.jsonl.gz")
+    cuts.to_shar(folder / "shar", fields={"recording": "flac"}, shard_size=4)
+    audio = [{"bytes": path.read_bytes(), "path": path.name} for path, _ in clips]
+    table = Dataset.from_dict({"audio": audio, "text": [text for _, text in clips]}).cast_column("audio", Audio())
+    table.save_to_disk(folder / "saved")
+    table.to_parquet(folder / "parquet/train.parquet")
+    for split in ("train", "validation"):
+        table.rename_column("text", "sentence").to_parquet(folder / f"{hub}/en/{split}.parquet")
+    (folder / hub / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n")
 
 
 def main() -> None:

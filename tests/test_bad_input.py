@@ -221,7 +221,7 @@ TABLE = [  # name, what is written, the command, the text of its error
     ("a missing template", GOOD, "decode --chat_template t.jinja", "--chat_template t.jinja: cannot read it"),
     ("a latin-1 template", GOOD | {"t.jinja": b"\xf6"}, "decode --chat_template t.jinja", "t.jinja: cannot read it (U"),
     ("a prompt without <audio>", GOOD, "decode --prompt Hi", "prompt 'Hi': wanted <audio> in it"),
-    ("an unknown source", GOOD, "decode --data_path shar:a", "shar:a: no such file, and no source 'shar'; wanted o"),
+    ("an unknown source", GOOD, "decode --data_path sheet:a", "sheet:a: no such file, and no source 'sheet'; wanted o"),
     ("a latin-1 NeMo manifest", {"n.json": b"\xf6"}, "decode --data_path nemo:n.json", "n.json:1: UnicodeDecodeError"),
     ("a latin-1 transcript in a folder", {"good.txt": b"\xf6"}, "decode --data_path folder:.", "good.txt: 'utf-8' cod"),
     ("a latin-1 Kaldi folder", {"wav.scp": b"a \xf6.wav"}, "decode --data_path kaldi:.", "wav.scp: 'utf-8' codec"),

@@ -126,7 +126,7 @@ def test_all_that_is_imported_stands_in_the_requirements():
     packages = {"yaml": "pyyaml", "whisper": "openai-whisper"}
     text = (ROOT / "requirements.txt").read_text()
     required = {re.split(r"[=<>!~; ]", line)[0].lower() for line in text.splitlines() if line and line[0].isalpha()}
-    optional = {"bitsandbytes", "silero_vad"}  # a message says how to install them
+    optional = {"bitsandbytes", "datasets", "lhotse", "pyarrow", "silero_vad"}  # messages say how to install them
     for name in FILES:
         foreign = imports(parse(name)) - set(FILES) - set(sys.stdlib_module_names) - optional
         missing = {packages.get(module, module.replace("_", "-")) for module in foreign} - {

@@ -3,9 +3,7 @@
 import json
 import pickle
 import re
-import sys
 import tracemalloc
-import types
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from manifest import (
     stated_seconds,
     transcript_of,
 )
-from sources import RecordList
+from sources import SOURCES, RecordList
 
 LINE = {"wav": "a.wav", "txt": "hello"}
 QUESTION = {"role": "user", "content": AUDIO, "audio": ["a.wav"]}
@@ -361,9 +359,8 @@ def test_records_come_from_a_manifest_or_from_a_kind_of_source_with_its_place(tm
     assert isinstance(open_records(path, needs_text=False), Manifest)
     with pytest.raises(InputError, match="missing"):
         open_records(str(path))
-    sources = types.ModuleType("sources")  # a new kind is a function and a row
-    sources.SOURCES = {"echo": lambda place, needs_text: RecordList([{"wav": place, "txt": str(needs_text)}])}
-    monkeypatch.setitem(sys.modules, "sources", sources)
+    echo = lambda place, needs_text: RecordList([{"wav": place, "txt": str(needs_text)}])  # noqa: E731
+    monkeypatch.setitem(SOURCES, "echo", echo)  # a new kind is a function and a row
     assert open_records("echo:some:place")[0] == {"where": "record 1", "wav": "some:place", "txt": "True"}
     assert open_records("echo:", needs_text=False)[0]["txt"] == "False"
 

@@ -141,3 +141,51 @@ def test_a_kaldi_folder_that_is_wrong_is_told_with_file_and_line(kaldi, name, te
 def test_a_kaldi_folder_without_wav_scp_is_told(tmp_path):
     with pytest.raises(InputError, match=r"wav\.scp: no such file; wanted a Kaldi data folder"):
         open_records(f"kaldi:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("amount", "numbers"),
+    [
+        (":3", "012"),
+        (":30%", "012"),
+        ("80%:", "89"),
+        ("2:4", "23"),
+        ("-1:", "9"),
+        ("50%:7", "56"),
+        (":99", "0123456789"),
+    ],
+)
+def test_a_part_of_any_source_can_be_taken(tmp_path, amount, numbers):
+    rows = [{"wav": "a.wav", "txt": str(i), "end": i + 1} for i in range(10)]
+    (tmp_path / "a.wav").touch()
+    path = write_manifest(tmp_path / "m.jsonl", rows)
+    records = open_records(path, data_amount=amount)
+    assert "".join(transcript_of(record) for record in records) == numbers
+    assert records.durations.tolist() == [int(number) + 1 for number in numbers]
+    assert records[0]["where"] == f"{path}:{int(numbers[0]) + 1}"
+
+
+def test_a_part_from_the_first_record_has_the_fingerprint_of_a_shorter_source(tmp_path):
+    rows = [{"wav": f"{i}.wav", "txt": str(i)} for i in range(10)]
+    path, short = write_manifest(tmp_path / "m.jsonl", rows), write_manifest(tmp_path / "s.jsonl", rows[:4])
+    part = open_records(path, data_amount=":40%")
+    assert part.fingerprint() == open_records(short).fingerprint() == open_records(path).fingerprint(4)
+    assert open_records(path, data_amount="4:6").fingerprint() == open_records(path, data_amount="4:8").fingerprint(2)
+    assert open_records(path, data_amount="4:6").fingerprint() != open_records(path, data_amount=":6").fingerprint()
+
+
+@pytest.mark.parametrize("amount", ["3", ":3:1", "a:", ":1.5%", "10:", "5:5", ":0%"])
+def test_a_part_that_is_none_is_told(tmp_path, amount):
+    path = write_manifest(tmp_path / "m.jsonl", [{"wav": f"{i}.wav", "txt": str(i)} for i in range(10)])
+    with pytest.raises(
+        InputError, match=rf"^--data_amount {amount}: (wanted a stretch, such as :1000|leaves none of 10)"
+    ):
+        open_records(path, data_amount=amount)
+
+
+def test_an_option_of_which_a_source_has_no_use_is_told(tmp_path, kaldi):
+    path = write_manifest(tmp_path / "m.jsonl", [{"wav": "a.wav", "txt": "a"}])
+    with pytest.raises(InputError, match=r"^--data_split: a manifest has no use for it; wanted a --data_path hf:PLACE"):
+        open_records(path, data_split="dev")
+    with pytest.raises(InputError, match=r"^--remap_keys: kaldi has no use for it"):
+        open_records(f"kaldi:{kaldi}", remap_keys='{"a": "txt"}', data_amount=":1")
