@@ -13,7 +13,7 @@ from manifest import Records
 # What the files of a checkpoint name beside what torch itself takes for data
 DATA_CLASSES = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct"}  # random states
 DATA_CLASSES |= {f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")}
-DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum"}
+DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"}
 
 
 def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
