@@ -284,7 +284,7 @@ def build_projector(config: SpeechLLMConfig, encoder_size: int, llm_size: int) -
 def load_llm(
     config: SpeechLLMConfig, device=None, **options
 ) -> tuple[transformers.PreTrainedTokenizerBase, PreTrainedModel]:
-    """(tokenizer, causal LLM) of a config, straight on the device; `options` are from_pretrained's. Raises InputError."""
+    """(tokenizer, causal LLM) of a config, on the device; `options` are those of from_pretrained. Raises InputError."""
     options |= {"dtype": config.frozen_dtype, "trust_remote_code": False}
     options["device_map"] = {"": device} if device else None
     if config.quantize:

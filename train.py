@@ -309,7 +309,8 @@ def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArgumen
     """What decides the course of a training run, as train_settings.json holds it."""
     values = vars(args) | vars(data) | vars(config)
     settings = {name: values[name] for name in [f.name for f in fields(ModelArguments)] + DECISIVE}
-    settings |= {"deepspeed": bool(args.deepspeed), "world_size": 1 if args.tensor_parallel else args.world_size}
+    settings |= {"world_size": 1 if args.tensor_parallel else args.world_size, "deepspeed": bool(args.deepspeed)}
+    settings |= {"zero_stage": args.deepspeed_plugin.zero_stage if args.deepspeed else None}
     settings |= {"num_records": len(records), "records": records.fingerprint()}
     return json.loads(json.dumps(settings))  # as they come back from the file
 
