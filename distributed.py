@@ -13,9 +13,9 @@ from errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
     from transformers import Trainer
 
+    from model import SpeechLLM
     from train import TrainArguments
 
 
@@ -88,12 +88,14 @@ def adapt(trainer: "Trainer") -> None:
         tensor_parallel.adapt(trainer)
 
 
-def gather(engine: str, parameters: dict[str, "Parameter"]) -> dict[str, "Tensor"]:
-    """Whole weights of parameters that all processes hold together; every process has to call it."""
+def gather(engine: str, model: "SpeechLLM") -> dict[str, "Tensor"]:
+    """Whole weights of what a checkpoint holds; every process has to call it."""
     if engine == "deepspeed":
         import zero3  # an option
 
-        return zero3.gather(parameters)
-    import fsdp  # an option
+        return zero3.gather(model.parameters_to_save())
+    if engine == "fsdp":
+        import fsdp  # an option
 
-    return fsdp.gather(parameters)
+        return fsdp.gather(model)
+    return model.parameters_to_save()  # tensor parallelism slices the frozen LLM alone

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,9 +61,17 @@ class GatherForEvaluation(TrainerCallback):
             register_fsdp_forward_method(model, method)
 
 
-def gather(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """Whole weights of parameters that all processes hold together; every process has to call it."""
-    return {name: whole(p.detach()) for name, p in parameters.items()}
+def gather(model: "SpeechLLM") -> dict[str, Tensor]:
+    """Whole weights of what a checkpoint holds; every process has to call it."""
+    reshard(model)
+    return {name: whole(p.detach()) for name, p in model.parameters_to_save().items()}
+
+
+def reshard(model: "SpeechLLM") -> None:
+    """Put away what an evaluation has gathered: with --bf16 it is rounded, and the shares are not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(value: Any) -> Any:
@@ -98,5 +106,6 @@ def load_optimizer(plugin, accelerator, optimizer: torch.optim.Optimizer, model,
 
 def load_weights(plugin, accelerator, model: "SpeechLLM", folder: str, **kwargs):
     """Take this process's share of model.safetensors; torch's record of the keys that did not fit."""
+    reshard(model)
     options = StateDictOptions(full_state_dict=True, strict=False)  # frozen weights are not in the file
     return set_model_state_dict(model, load_file(Path(folder, "model.safetensors")), options=options)

@@ -242,7 +242,7 @@ class SpeechTrainer(Trainer):
         if self.args.engine:
             import distributed  # an option
 
-            state = distributed.gather(self.args.engine, self.model.parameters_to_save())
+            state = distributed.gather(self.args.engine, self.model)
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=state)  # what was trained, and config.json
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")

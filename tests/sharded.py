@@ -1,4 +1,4 @@
-"""train.py, which at the end of training writes down what share of each part's weights this process holds."""
+"""train.py, which after each step writes down what share of each part's weights this process holds."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from errors import run
 
 
 class Shares(TrainerCallback):
-    def on_train_end(self, args, state, control, model, **kwargs) -> None:
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:
         shares = {}
         for name in ("encoder", "projector", "llm"):
             parameters = list(getattr(model, name).parameters())
