@@ -39,6 +39,9 @@ NAMES = {
     r"name_or_path Qwen2-1.5B-Instruct(?!\S)": f"name_or_path {DEMO / 'llm'}",
     r"((whisper_model|encoder)_name_or_path) tiny(\.en)?(?!\S)": rf"\1 {DEMO / 'whisper.pt'}",
     r"--nproc_per_node=8": "--nproc_per_node=2",
+    r"srun .*?(?=torchrun)": "",  # there is one machine
+    r"--nnodes=2": "--nnodes=1",
+    r"--rdzv_endpoint=node1:29500": "--rdzv_endpoint=localhost:0",
     r"--bf16 True": "--use_cpu",
     r"checkpoint-600": "checkpoint-4",
     r"--save_steps 100": "--save_steps 4 --max_steps 4",
