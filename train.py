@@ -108,9 +108,9 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
 def check(data: DataArguments, args: TrainArguments) -> None:
     """Raise InputError for arguments that contradict each other."""
     if args.engine:
-        import distributed  # an option
+        import engines  # an option
 
-        distributed.check(args)
+        engines.check(args)
     for name, value in (vars(args) | vars(data)).items():
         if name in LEAST and not value >= LEAST[name]:  # nor NaN
             raise InputError(f"--{name} {value}: wanted {LEAST[name]} or more")
@@ -240,9 +240,9 @@ class SpeechTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         skipped, state = self.on_all_processes(self.skipped), None
         if self.args.engine:
-            import distributed  # an option
+            import engines  # an option
 
-            state = distributed.gather(self.args.engine, self.model)
+            state = engines.gather(self.args.engine, self.model)
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=state)  # what was trained, and config.json
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
@@ -436,9 +436,9 @@ def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArgument
     """The model to train. Raises InputError if nothing of it would be."""
     place = {"device": args.device}
     if args.engine:
-        import distributed  # an option
+        import engines  # an option
 
-        place = distributed.prepare(args)  # before any weight is loaded
+        place = engines.prepare(args)  # before any weight is loaded
     model = SpeechLLM.from_config(config, **place)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
@@ -458,9 +458,9 @@ def make_trainer(
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
     if args.engine:
-        import distributed  # an option
+        import engines  # an option
 
-        distributed.adapt(trainer)
+        engines.adapt(trainer)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss

@@ -42,7 +42,7 @@ CHATML = (
 
 
 PROCESSES = ("test_zero3", "test_kills", "test_benchmark", "test_house", "test_distributed")
-PROCESSES += ("test_fsdp", "test_tensor_parallel")
+PROCESSES += ("test_engines", "test_fsdp", "test_tensor_parallel")
 
 
 class ByFile(LoadScopeScheduling):

@@ -110,6 +110,7 @@ def test_an_unknown_flag_or_value_is_named_with_exit_status_2(flags, capsys):
         ("--save_best_by ser --eval_data_path d --eval_strategy epoch", "wanted one of wer, cer, loss"),
         ("--save_best_by cer --eval_data_path d --eval_strategy steps --metric_for_best_model wer", "choose"),
         ("--fsdp", "start it with torchrun"),
+        ("--fsdp --tensor_parallel", "choose one"),
         ("--tensor_parallel", "--nproc_per_node=2 train.py"),
         (f"--deepspeed {ROOT}/ds_config_zero3.json", "start it with torchrun"),
         ("--per_device_train_batch_size 0", "wanted 1 or more"),
