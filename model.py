@@ -345,7 +345,7 @@ class SpeechLLM(PreTrainedModel):
 
     @classmethod
     def from_config(cls, config: SpeechLLMConfig, device: str | torch.device | None = None, **options) -> "SpeechLLM":
-        """An untrained model with the encoder and the LLM that the config names. Raises InputError."""
+        """An untrained model with the parts that the config names; `options` are load_llm's. Raises InputError."""
         if not config.encoder_name_or_path or not config.llm_model_name_or_path:
             raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
         tokenizer, llm = load_llm(config, device, **options)
