@@ -54,8 +54,10 @@ def evaluate(
     each takes every W-th utterance; shares are equal, as ZeRO-3 wants, so the last may wrap around to the first
     utterances; these count once.
     """
-    share = -(-len(dataset) // args.world_size)  # utterances a process
-    positions = [(args.process_index + i * args.world_size) % len(dataset) for i in range(share)]
+    # Under tensor parallelism all processes evaluate the same utterances.
+    number, num_shares = (0, 1) if args.tensor_parallel else (args.process_index, args.world_size)
+    share = -(-len(dataset) // num_shares)  # utterances a process
+    positions = [(number + i * num_shares) % len(dataset) for i in range(share)]
     positions.sort(key=lambda position: -dataset.seconds[position])  # similar lengths in a batch
     options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
     losses, losses_of_others, tokens, texts, bad = {}, {}, {}, {}, {}  # of each utterance, by index

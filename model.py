@@ -282,9 +282,12 @@ def build_projector(config: SpeechLLMConfig, encoder_size: int, llm_size: int) -
 # The LLM
 
 
-def load_llm(config: SpeechLLMConfig, device=None) -> tuple[transformers.PreTrainedTokenizerBase, PreTrainedModel]:
-    """(tokenizer, causal LLM) of a config, the LLM straight on the device in its dtype. Raises InputError."""
-    options = {"dtype": config.frozen_dtype, "device_map": {"": device} if device else None, "trust_remote_code": False}
+def load_llm(
+    config: SpeechLLMConfig, device=None, **options
+) -> tuple[transformers.PreTrainedTokenizerBase, PreTrainedModel]:
+    """(tokenizer, causal LLM) of a config, on the device; `options` are those of from_pretrained. Raises InputError."""
+    options |= {"dtype": config.frozen_dtype, "trust_remote_code": False}
+    options["device_map"] = {"": device} if device else None
     if config.quantize:
         from quantize import quantization_config  # an option
 
@@ -342,11 +345,11 @@ class SpeechLLM(PreTrainedModel):
         self.eval()
 
     @classmethod
-    def from_config(cls, config: SpeechLLMConfig, device: str | torch.device | None = None) -> "SpeechLLM":
-        """An untrained model with the encoder and the LLM that the config names. Raises InputError."""
+    def from_config(cls, config: SpeechLLMConfig, device: str | torch.device | None = None, **options) -> "SpeechLLM":
+        """An untrained model with the parts that the config names; `options` are load_llm's. Raises InputError."""
         if not config.encoder_name_or_path or not config.llm_model_name_or_path:
             raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
-        tokenizer, llm = load_llm(config, device)
+        tokenizer, llm = load_llm(config, device, **options)
         names, load = (config.encoder_name_or_path, config.encoder_revision, config.encoder_layer), load_encoder
         if is_deepspeed_zero3_enabled():
             import zero3  # an option

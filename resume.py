@@ -14,7 +14,7 @@ from mixture import Mixture
 # What the files of a checkpoint name beside what torch itself takes for data
 DATA_CLASSES = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct"}  # random states
 DATA_CLASSES |= {f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")}
-DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum"}
+DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"}
 
 
 def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
@@ -95,7 +95,7 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
         allowed |= set(sizes) if is_same_batch else {"world_size"}
     if contradictions := [name for name in changed if name not in allowed]:
         changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in contradictions)
-        cure = "restore that, or choose another --output_dir"
+        cure = f"restore that, or give a new --output_dir, and --projector_model_path {checkpoint}/model.safetensors"
         raise InputError(f"{checkpoint}: this run contradicts it ({changes}); {cure}")
     unknown = sorted(before.keys() ^ settings.keys())  # fields that one of the two does not have
     differences = [f"{name} was {before[name]}, is {settings[name]}" for name in changed if name != "records"]

@@ -1,4 +1,4 @@
-"""Train what is not frozen, by default the projector: HF Trainer on one process, under DDP or DeepSpeed.
+"""Train what is not frozen, by default the projector: HF Trainer on one process, or on several.
 
     torchrun --standalone --nproc_per_node=8 train.py --llm_model_name_or_path Qwen2-1.5B-Instruct \
         --encoder_name_or_path tiny --data_path train.jsonl --output_dir run --bf16 True \
@@ -8,7 +8,6 @@ The flags can stand in a YAML file, and the command line wins: python train.py r
 """
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -77,12 +76,15 @@ class TrainArguments(TrainingArguments):
     train_sampling_strategy: str = option("group_by_length", "group_by_length = similar lengths in a batch; random")
     report_to: str = option("auto", "tensorboard, wandb ... or none; auto = TensorBoard where it is installed")
     ddp_find_unused_parameters: bool = False
+    tensor_parallel: bool = option(False, "split each layer of the frozen LLM over all processes")
 
     def __post_init__(self):
         if self.greater_is_better is None and self.metric_for_best_model:
             self.greater_is_better = False  # transformers thinks so of losses alone
         if self.report_to == "auto":
             self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
+        engines = ("deepspeed", "fsdp", "tensor_parallel")  # that share the weights out over the processes
+        self.engine = next((name for name in engines if getattr(self, name)), None)
         self.remove_unused_columns = False  # utterances have none
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # or --bf16 is refused without a GPU
         super().__post_init__()
@@ -115,11 +117,10 @@ def parse(argv: list[str]) -> tuple[SpeechLLMConfig, DataArguments, TrainArgumen
 
 def check(data: DataArguments, args: TrainArguments) -> None:
     """Raise InputError for arguments that contradict each other."""
-    if args.fsdp:
-        raise InputError("--fsdp: the projector would be saved in shards; use --deepspeed ds_config_zero3.json")
-    if args.deepspeed and "WORLD_SIZE" not in os.environ:
-        cure = "start it with torchrun --standalone --nproc_per_node=1 train.py ..., or leave --deepspeed out"
-        raise InputError(f"--deepspeed {args.deepspeed}: this is one process on its own; {cure}")
+    if args.engine:
+        import engines  # an option
+
+        engines.check(args)
     for name, value in (vars(args) | vars(data)).items():
         if name in LEAST and not value >= LEAST[name]:  # nor NaN
             raise InputError(f"--{name} {value}: wanted {LEAST[name]} or more")
@@ -196,7 +197,7 @@ class SpeechTrainer(Trainer):
             return super()._get_train_sampler(dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         # The order is the same for any number of processes and accumulation steps with the same total batch.
-        total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # clips a step
+        total = self.get_total_train_batch_size(args)  # clips a step
         lengths = dataset.seconds if args.train_sampling_strategy == "group_by_length" else np.zeros(len(dataset))
         return LengthSampler(lengths, total, seed, lambda: self.epoch, args.dataloader_drop_last)
 
@@ -251,10 +252,10 @@ class SpeechTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = output_dir or self.args.output_dir
         skipped, state = self.on_all_processes(self.skipped), None
-        if self.is_deepspeed_enabled:
-            import zero3  # an option
+        if self.args.engine:
+            import engines  # an option
 
-            state = zero3.gather(self.model.parameters_to_save())
+            state = engines.gather(self.args.engine, self.model)
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=state)  # what was trained, and config.json
             Path(output_dir, "train_settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
@@ -322,7 +323,8 @@ def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArgumen
     """What decides the course of a training run, as train_settings.json holds it."""
     values = vars(args) | vars(data) | vars(config)
     settings = {name: values[name] for name in [f.name for f in fields(ModelArguments)] + DECISIVE}
-    settings |= {"deepspeed": bool(args.deepspeed), "world_size": args.world_size}
+    settings |= {"world_size": 1 if args.tensor_parallel else args.world_size, "deepspeed": bool(args.deepspeed)}
+    settings |= {"zero_stage": args.deepspeed_plugin.zero_stage if args.deepspeed else None}
     settings |= {"num_records": len(records), "records": records.fingerprint()}
     return json.loads(json.dumps(settings))  # as they come back from the file
 
@@ -461,11 +463,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments) -> SpeechLLM:
     """The model to train. Raises InputError if nothing of it would be."""
-    if args.deepspeed:
-        import zero3  # an option
+    place = {"device": args.device}
+    if args.engine:
+        import engines  # an option
 
-        zero3.prepare()  # before any weight is loaded
-    model = SpeechLLM.from_config(config, device=None if args.deepspeed else args.device)  # DeepSpeed moves it itself
+        place = engines.prepare(args)  # before any weight is loaded
+    model = SpeechLLM.from_config(config, **place)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
     if any(p.requires_grad and ".lora_" not in name for name, p in model.encoder.named_parameters()):
@@ -483,6 +486,10 @@ def make_trainer(
     metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
     metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
     trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
+    if args.engine:
+        import engines  # an option
+
+        engines.adapt(trainer)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss
@@ -506,7 +513,7 @@ def make_trainer(
     if args.report_to:
         from meters import Meters  # an option
 
-        trainer.meters = Meters(dataset.durations, args.world_size)
+        trainer.meters = Meters(dataset.durations, args.world_size // trainer.get_tp_size())
         trainer.add_callback(trainer.meters)
     return trainer
 

@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO-3 shares all weights out over the processes; here for a model of which most is frozen: --deepspeed."""
+"""DeepSpeed, here for a model of which most is frozen: --deepspeed.
+
+ZeRO-3 shares all weights out over the processes; ZeRO-2 gradients and the optimiser's states alone.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -17,6 +20,14 @@ def prepare() -> None:
     engine, load = deepspeed.DeepSpeedEngine, deepspeed.DeepSpeedEngine.load_checkpoint
     engine.save_checkpoint = partialmethod(engine.save_checkpoint, exclude_frozen_parameters=True)
     engine.load_checkpoint = lambda self, *args, **kw: load(self, *args, **{**kw, "load_module_strict": False})
+    state_dict = engine.module_state_dict
+
+    def trained_state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Without frozen weights by their second names either: a tied vocabulary projection is half a gigabyte."""
+        names = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name: p for name, p in state_dict(self, *args, **kwargs).items() if name not in names}
+
+    engine.module_state_dict = trained_state_dict
     # Before the LLM is loaded, or DeepSpeed on CPUs believes that there is one process.
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 

@@ -48,6 +48,9 @@ NAMES = {
     r"((whisper_model|encoder)_name_or_path) tiny(\.en)?(?!\S)": rf"\1 {DEMO / 'whisper.pt'}",
     r"--nproc_per_node=8": "--nproc_per_node=2",
     r"for part in test-clean test-other": "for part in test-other",
+    r"srun .*?(?=torchrun)": "",  # there is one machine
+    r"--nnodes=2": "--nnodes=1",
+    r"--rdzv_endpoint=node1:29500": "--rdzv_endpoint=localhost:0",
     r"--bf16 True": "--use_cpu",
     r"checkpoint-600": "checkpoint-4",
     r"--max_batch_seconds 240": "--max_batch_seconds 40",

@@ -42,6 +42,7 @@ CHATML = (
 
 
 PROCESSES = ("test_zero3", "test_kills", "test_benchmark", "test_house", "test_distributed", "test_batching")
+PROCESSES += ("test_engines", "test_fsdp", "test_tensor_parallel", "test_frame_cache")
 
 
 class ByFile(LoadScopeScheduling):
@@ -303,8 +304,8 @@ class Job:
 def launch(tmp_path_factory, world):
     """launch("train.py", "--flag value", processes=2) -> Job: real processes, forked where the imports are done.
 
-    They start in the `world` folder. With more than one process, each is told its rank as torchrun would tell it.
-    `die_at` is the moment of a kill -9 (see `die_at` above).
+    They start in the `world` folder. With more than one process, each is told its rank as torchrun would tell it, on
+    one machine or several `nodes`. `die_at` is the moment of a kill -9 (see `die_at` above).
     """
     changed = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
     before = {name: os.environ.get(name) for name in changed}
@@ -313,14 +314,15 @@ def launch(tmp_path_factory, world):
     imports = "conftest train recognize report hub lora zero3 whisper soxr transformers.models.qwen2.modeling_qwen2"
     forkserver.set_forkserver_preload(imports.split())
 
-    def start(script: str, flags: str, processes: int = 1, die_at: str | int = "") -> Job:
+    def start(script: str, flags: str, processes: int = 1, die_at: str | int = "", nodes: int = 1) -> Job:
         logs, ranks = tmp_path_factory.mktemp("logs"), []
         command = [str(ROOT / script), *shlex.split(flags)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for rank in range(processes):
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            local = {"LOCAL_RANK": rank % (processes // nodes), "LOCAL_WORLD_SIZE": processes // nodes}
+            told = local | {"RANK": rank, "WORLD_SIZE": processes}
             told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             told = {name: str(value) for name, value in told.items()} if processes > 1 else {}
             files = str(logs / f"out{rank}"), str(logs / f"err{rank}")

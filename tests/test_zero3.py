@@ -1,4 +1,4 @@
-"""What zero3.py promises: ZeRO-3 trains what one process trains, and its checkpoints hold what was trained."""
+"""What zero3.py promises: ZeRO trains what one process trains, and its checkpoints hold what was trained."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ import zero3
 from errors import InputError
 from manifest import Manifest
 from model import SpeechLLM
-from resume import compare_settings
+from resume import compare_settings, refuse_code
 
 DEEPSPEED = f"--deepspeed {ROOT}/ds_config_zero3.json"
 # From https://github.com/wenet-e2e/west, with tiny models on two CPU processes, without --bf16, for three epochs.
@@ -116,6 +116,33 @@ def test_going_on_with_another_number_of_processes_or_without_zero3_is_refused(c
     ((name, value),) = change.items()
     with pytest.raises(InputError, match=rf"\({name} was {settings[name]} and is {value}\)"):
         compare_settings(str(checkpoint), settings | change, records)
+
+
+@pytest.fixture(scope="module")
+def zero2(world, trained, launch) -> Path:
+    """The run of `trained` under ZeRO-2 on two processes."""
+    flags = f"{FLAGS.replace('zero3', 'zero2')} --output_dir zero2 --eval_strategy no"
+    job = launch("train.py", flags, processes=2).wait()
+    assert job.status == 0, job.err
+    return world / "zero2"
+
+
+def test_zero2_trains_what_one_process_trains(trained, zero2):
+    assert losses(zero2) == pytest.approx(losses(trained), rel=1e-4)
+    assert_same(weights(zero2), weights(trained), within=1e-5)
+
+
+def test_a_zero2_checkpoint_is_data_alone_without_frozen_weights(zero2):
+    refuse_code(zero2 / "checkpoint-5")
+    (path,) = (zero2 / "checkpoint-5").glob("*/*_model_states.pt")
+    assert torch.load(path, weights_only=True)["module"].keys() == PROJECTOR  # nor the tied vocabulary projection
+
+
+def test_going_on_with_another_stage_of_zero_is_refused(zero2, world):
+    checkpoint, records = zero2 / "checkpoint-10", Manifest(world / "corpus.jsonl")
+    settings = json.loads((checkpoint / "train_settings.json").read_text())
+    with pytest.raises(InputError, match="zero_stage was 2 and is 3"):
+        compare_settings(str(checkpoint), settings | {"zero_stage": 3}, records)
 
 
 def test_an_evaluation_set_alone_is_evaluated_at_the_end(trained, launch, tmp_path):
