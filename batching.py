@@ -6,7 +6,7 @@
 `batches` knows nothing of records and models: a buffer of a stream can be cut by it as well.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
@@ -175,12 +175,14 @@ class BudgetSampler(torch.utils.data.Sampler):
         return f"budget of {budget}: {clips}, {len(batches) // self.batches_a_step:,} steps an epoch; padding {shares}"
 
     def loader(self, dataset: SpeechDataset, args: TrainingArguments) -> DataLoader:
-        """What Trainer iterates over: the batches of this process. accelerate need not deal them out."""
-        options = {
-            n: getattr(args, f"dataloader_{n}") for n in "num_workers persistent_workers prefetch_factor".split()
-        }
-        options["pin_memory"] = args.dataloader_pin_memory and args.device.type == "cuda"
-        return DataLoader(dataset, batch_sampler=self, collate_fn=collate, **options)
+        return make_loader(dataset, self, args)
+
+
+def make_loader(dataset: torch.utils.data.Dataset, sampler: Iterable[list], args: TrainingArguments) -> DataLoader:
+    """What Trainer iterates over: the batches of this process. accelerate need not deal them out."""
+    options = {n: getattr(args, f"dataloader_{n}") for n in "num_workers persistent_workers prefetch_factor".split()}
+    options["pin_memory"] = args.dataloader_pin_memory and args.device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options)
 
 
 def sampler_for(trainer: "SpeechTrainer", data: "DataArguments") -> BudgetSampler:

@@ -217,7 +217,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if self.bad and self.on_bad == "error":
             more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
-        if self.on_bad == "skip" and len(self.bad) == len(self.records):
+        if self.bad and self.on_bad == "skip" and len(self.bad) == len(self.records):
             raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
         left_out = list(self.bad) if self.on_bad == "skip" else []
         self.indices = np.setdiff1d(np.arange(len(self.records)), left_out)  # of the records, by position
@@ -247,7 +247,10 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int | tuple[int, int]) -> dict:
         epoch, position = position if isinstance(position, tuple) else (0, position)  # a sampler's tuples
         index = int(self.indices[position])  # of the record; left-out records have no position
-        record, reason = self.records[index], self.bad.get(index)
+        return self.example(index, self.records[index], epoch, self.bad.get(index))
+
+    def example(self, index: int, record: dict, epoch: int = 0, reason: str | None = None) -> dict:
+        """The example of a record; a silent moment if it is bad for a reason, or proves to be."""
         if reason is None:
             try:
                 clips = self.load(record)

@@ -8,7 +8,7 @@ import json
 import tarfile
 import textwrap
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from glob import glob, has_magic
 from hashlib import sha256
@@ -31,16 +31,44 @@ USUAL_NAMES = {"wav": ["audio"], "txt": ["text", "json.text"], "key": ["__key__"
 BATCH = 1000  # rows that are looked through at a time
 
 
-def records_of_place(place: str, needs_text: bool, subset: str, split: str, remap_keys: dict[str, str]) -> Records:
+def records_of_place(place: str, needs_text: bool, subset: str, split: str, remap_keys: str) -> Records:
     """The records of a split of a data set; PLACE:SPLIT wins over `split`. Raises InputError."""
     name, path = f"hf:{place}", Path(place)
     if ":" in place and not path.exists():
         place, _, split = place.partition(":")
         path = Path(place)
     dataset = open_dataset(place, subset, split)
-    keys = keys_of_columns(dataset.features, name, needs_text, remap_keys)
+    keys = keys_of_columns(dataset.features, name, needs_text, key_names(remap_keys))
     folder = path if path.is_dir() else path.parent if is_file(place) else Path()  # of relative paths
     return TableRecords(dataset, name, folder, keys, needs_text)
+
+
+def stream_of_place(
+    place: str, data_subset: str = "", data_split: str = "train", remap_keys: str = "", **others: str
+) -> Callable[[int], Iterator[dict]]:
+    """Epoch -> the records of a split as they come, with its shards in another order each time. Raises InputError."""
+    if others:
+        raise InputError(f"--streaming: --{min(others)} looks at all records first; leave one of them out")
+    name, path = f"hf:{place}", Path(place)
+    if ":" in place and not path.exists():
+        place, _, data_split = place.partition(":")
+        path = Path(place)
+    dataset = open_dataset(place, data_subset, data_split, streaming=True)
+    dataset = dataset if dataset.features else dataset._resolve_features()
+    keys = keys_of_columns(dataset.features, name, True, key_names(remap_keys))
+    folder = path if path.is_dir() else path.parent if is_file(place) else Path()
+    shards = dataset.with_format("arrow").shuffle(seed=0, buffer_size=1)  # streams.py shuffles the records
+
+    def read(epoch: int) -> Iterator[dict]:
+        shards.set_epoch(epoch)
+        for number, table in enumerate(shards):
+            (row,) = renamed(table, keys).to_pylist()
+            where = f"{name} epoch {epoch} row {number}"
+            record = record_of(row, where, folder)
+            check_record(record | ({"wav": str(record["wav"])} if "wav" in record else {}), where, True)
+            yield record
+
+    return read
 
 
 # Opening
@@ -103,6 +131,17 @@ def stored_audio(feature: "Audio", value: Any) -> dict:
 
 
 # Columns
+
+
+def key_names(remap_keys: str) -> dict[str, str]:
+    """Their keys -> ours, of --remap_keys. Raises InputError."""
+    try:
+        names = json.loads(remap_keys or "{}")
+    except ValueError:
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"--remap_keys {remap_keys}: wanted JSON such as {json.dumps({'sentence': 'txt'})}")
+    return names
 
 
 def keys_of_columns(features: dict, name: str, needs_text: bool, remap_keys: dict[str, str]) -> dict[str, str]:

@@ -133,18 +133,7 @@ def hf(place: str, needs_text: bool, data_subset: str = "", data_split: str = "t
     """A data set of Hugging Face, on the Hub or in a folder: see hf_datasets.py."""
     import hf_datasets
 
-    return hf_datasets.records_of_place(place, needs_text, data_subset, data_split, key_names(remap_keys))
-
-
-def key_names(remap_keys: str) -> dict[str, str]:
-    """Their keys -> ours, of --remap_keys. Raises InputError."""
-    try:
-        names = json.loads(remap_keys or "{}")
-    except ValueError:
-        names = None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"--remap_keys {remap_keys}: wanted JSON such as {json.dumps({'sentence': 'txt'})}")
-    return names
+    return hf_datasets.records_of_place(place, needs_text, data_subset, data_split, remap_keys)
 
 
 def lhotse(place: str, needs_text: bool) -> Records:

@@ -45,6 +45,7 @@ LEAST |= {"overfit": 0, "check": 0, "max_batch_seconds": 0, "max_batch_tokens": 
 @dataclass(kw_only=True)
 class DataArguments(SourceOptions):
     data_path: list[str] = field(metadata={"help": "JSON lines with wav and txt, or KIND:PLACE; several: PLACE:WEIGHT"})
+    streaming: bool = option(False, "read hf:PLACE or a manifest as it comes, without looking at all of it first")
     no_speech_share: float = option(0.0, "share of an epoch that is silence and noise without text; 0 = none, below 1")
     min_seconds: float = option(0.0, "leave shorter utterances out of the training data; 0 = off")
     min_tokens: int = option(0, "leave shorter transcripts out of it, in tokens of the LLM; 0 = off")
@@ -374,6 +375,10 @@ def main(argv: list[str] | None = None) -> None:
     sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
     sources["tested on"] = data.eval_data_path if data.select_on else None
     records = {}  # wrong input is reported before the model is loaded
+    if data.streaming:
+        import streams  # an option
+
+        records["trained on"], sources["trained on"] = streams.open_training_data(data, args), None
     for use, source in sources.items():
         options = source_options(data, None if use == "trained on" else source)
         if source is not None:
@@ -416,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
 
         frame_cache.use(model, datasets, data, args)
     for use, part in datasets.items():
-        size = f"{len(part):,} utterances, {part.seconds.sum() / 3600:.2f} hours"
+        size = f"{len(part):,} utterances, {part.seconds.sum() / 3600:.2f} hours" if len(part) else "a stream"
         facts[use] = f"{' '.join(sources[use] or data.data_path)}: {size}, fingerprint {part.records.fingerprint()}"
     if (data.save_best_by or args.load_best_model_at_end) and args.eval_strategy != "no":
         facts["chosen on"] = records["evaluated on"].fingerprint()  # an error rate on these is no test
@@ -493,7 +498,9 @@ def make_trainer(
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss
-    if data.max_batch_seconds or data.max_batch_tokens or data.auto_batch:
+    if data.streaming:
+        trainer.batches = dataset.records.batches_for(trainer, data)
+    elif data.max_batch_seconds or data.max_batch_tokens or data.auto_batch:
         import batching  # an option
 
         trainer.batches = batching.sampler_for(trainer, data)
