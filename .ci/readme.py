@@ -55,6 +55,7 @@ NAMES = {
     r"checkpoint-600": "checkpoint-4",
     r"--max_batch_seconds 240": "--max_batch_seconds 40",
     r"--save_steps 100": "--save_steps 4 --max_steps 4",
+    r"--streaming --max_steps 600": "--streaming --max_steps 4",
     r"--gradient_accumulation_steps 8": "--gradient_accumulation_steps 1",
     r"(train\.py( --config)? recipes/whisper_qwen\.yaml)": rf"\1 --encoder_name_or_path {DEMO / 'whisper.pt'} {SHORT}",
     r"(train\.py( --config)? recipes/wavlm_llama\.yaml)": rf"\1 --projector_hidden_size 32 {SHORT}",

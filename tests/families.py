@@ -216,7 +216,7 @@ def make_wave_encoder(
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 4, "initializer_range": 0.2}
+    sizes |= {"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 2, "initializer_range": 0.2}
     sizes |= {"feat_extract_norm": "layer" if large else "group", "conv_bias": large, "do_stable_layer_norm": large}
     model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**sizes | options))
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=large)

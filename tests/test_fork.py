@@ -277,7 +277,7 @@ def test_another_order_of_training(fork, original):
 def test_another_way_to_make_batches(fork, original):
     """Neighbours of the manifest stand in a batch."""
     flags = "--max_batch_seconds 9"
-    before = original.run(("train", f"{TRAIN} --output_dir {original.folder}/budget {flags}"))
+    before = fork.run(("train", f"{TRAIN} --output_dir {fork.folder}/budget {flags}"))
     line = "    strips = np.array_split("
     fork.insert_before("batching.py", line, "    return np.arange(len(lengths))\n")
     after = fork.train_and_decode(flags)
