@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,23 +37,17 @@ PLAIN_TEMPLATE = (  # for LLMs that come without a chat template
 )
 
 
-def open_records(
-    source: str | Path | list[str], needs_text: bool = True, may_weigh: bool = False, **options: str
-) -> Records:
+def open_records(source: str | Path | list[str], needs_text: bool = True, **options) -> Records:
     """The records of a manifest, of KIND:PLACE (see sources.py), or of several (see mixture.py). Raises InputError.
 
-    `options` are fields of SourceOptions.
+    `options` are `may_weigh` of mixture.py, and fields of SourceOptions.
     """
-    if isinstance(source, list) and not (len(source) == 1 and Path(source[0]).exists()):
-        import mixture  # an option
+    sources = source if isinstance(source, list) else [str(source)]
+    if len(sources) == 1 and Path(sources[0]).exists() and options.keys() <= {"may_weigh"}:
+        return Manifest(sources[0], needs_text)
+    from mixture import open_sources  # an option
 
-        return mixture.open_sources(source, partial(open_records, needs_text=needs_text, **options), may_weigh)
-    source = str(source[0] if isinstance(source, list) else source)
-    if not options and (":" not in source or Path(source).exists()):
-        return Manifest(source, needs_text)
-    from sources import open_source  # an option
-
-    return open_source(source, needs_text, **options)
+    return open_sources(sources, needs_text, **options)
 
 
 # Audio

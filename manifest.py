@@ -199,14 +199,11 @@ class SourceOptions:
     remap_keys: str = option("", """hf: columns by our keys, as JSON: '{"sentence": "txt"}'""")
 
 
-def source_options(args: Any, evaluated: list[str] | None = None) -> dict[str, str]:
-    """The SourceOptions among parsed arguments that are not as they are by default, for open_records.
-
-    Sources to be `evaluated` name their own split, hf:NAME:SPLIT, and are taken whole.
-    """
+def source_options(args: Any, is_evaluation_of: list[str] | None = None) -> dict[str, str]:
+    """The SourceOptions among parsed arguments that are not as they are by default, for open_records."""
     values = {option.name: getattr(args, option.name) for option in fields(SourceOptions)}
-    if evaluated is not None:
-        is_hf = all(source.startswith("hf:") for source in evaluated)
+    if is_evaluation_of:  # which names its own split, hf:NAME:SPLIT, and is taken whole
+        is_hf = all(source.startswith("hf:") for source in is_evaluation_of)
         values = values | {"data_split": "", "data_amount": ""} if is_hf else {}
     return {name: value for name, value in values.items() if value != getattr(SourceOptions, name)}
 

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from errors import InputError
 from manifest import Records
-from sources import SOURCES
+from sources import SOURCES, open_source
 
 
 class Mixture(Sequence):
@@ -74,8 +74,8 @@ class Mixture(Sequence):
         return all(term == self.term(source, int(term.partition(":")[0])) for source, term in enumerate(earlier))
 
 
-def open_sources(sources: list[str], open_source: Callable[[str], Records], may_weigh: bool) -> Records:
-    """The records of several sources; `open_source` opens one. Raises InputError, also for weights in a wrong place."""
+def open_sources(sources: list[str], needs_text: bool = True, may_weigh: bool = False, **options: str) -> Records:
+    """The records of several sources; `options` are fields of SourceOptions. Raises InputError."""
     if not sources:
         raise InputError("--data_path: found nothing behind it; wanted one source of data or several")
     names, weights = zip(*map(split_weight, sources), strict=True)
@@ -85,7 +85,7 @@ def open_sources(sources: list[str], open_source: Callable[[str], Records], may_
         raise InputError(f"{weighed[0]}: a weight, where each record comes once; wanted {split_weight(weighed[0])[0]}")
     if weighed and others:
         raise InputError(f"{others[0]}: no weight, where other sources have one; wanted {others[0]}:NUMBER")
-    parts = [open_source(name) for name in names]
+    parts = [open_source(name, needs_text, **options) for name in names]
     if len(parts) == 1:
         return parts[0]
     mixture = Mixture(parts, weights if weighed else None, names)

@@ -380,8 +380,8 @@ def main(argv: list[str] | None = None) -> None:
 
         records["trained on"], sources["trained on"] = streams.open_training_data(data, args), None
     for use, source in sources.items():
-        options = source_options(data, None if use == "trained on" else source)
         if source is not None:
+            options = source_options(data, is_evaluation_of=None if use == "trained on" else source)
             records[use] = open_records(source, may_weigh=use == "trained on", **options)
     facts = {}  # for config.json and experiment.md
     if any(limits := [data.min_seconds, data.min_tokens, data.max_tokens, data.max_characters_per_second]):
