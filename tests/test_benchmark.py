@@ -39,17 +39,14 @@ def test_training_can_be_measured_without_the_encoder(frames, audio, capsys):
     assert 0 <= figures["train_encoder_padding_share"] < 0.5  # of frames
 
 
-def test_compare_prints_what_is_gained_by_the_prompt_once(capsys, monkeypatch):
+def test_the_prompt_can_be_measured_once_and_anew(capsys, monkeypatch):
     monkeypatch.setattr(prompt_once, "IS_ON", True)
     args = benchmark.parse([*TINY.split(), "--prompt_tokens", "24"])
     assert len(benchmark.build_model(args).prompt_ids) == 24
-    benchmark.main([*TINY.split(), "--compare=--prompt_anew", "--repeats", "1", "--json"])
-    figures = json.loads(capsys.readouterr().out)
-    for name in ("train_audio_seconds_a_second", "decode_audio_seconds_a_second"):
-        assert len(figures[name]) == 3
-    assert prompt_once.IS_ON
     benchmark.main([*TINY.split(), "--prompt_anew", "--json"])
     assert not prompt_once.IS_ON
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["train_audio_seconds_a_second"] > 0 and figures["decode_audio_seconds_a_second"] > 0
 
 
 def test_the_fixed_recipe_has_the_same_loss(model):
