@@ -214,7 +214,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         if self.bad and self.on_bad == "skip" and len(self.bad) == len(self.records):
             raise InputError(f"every utterance is bad; the first: {self.bad[0]}")
         left_out = list(self.bad) if self.on_bad == "skip" else []
-        self.indices = np.setdiff1d(np.arange(len(self.records)), left_out)  # of the records, by position
+        self.indices = np.delete(np.arange(len(self.records)), left_out)  # of the records, by position
         self.seconds = self.durations[self.indices] if left_out else self.durations  # by position
 
     def measure(self) -> tuple[np.ndarray, dict[int, str]]:
