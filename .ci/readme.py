@@ -6,8 +6,11 @@ random models have them. `make` lines are run by .ci/run itself.
 """
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +38,7 @@ HUB = {
     "meta-llama/Meta-Llama-3-8B-Instruct": LLMS["llama"],
     "HuggingFaceTB/SmolLM2-135M-Instruct": LLMS["qwen2"],
 }
+SERVER = multiprocessing.get_context("forkserver")
 PROGRAMS = ("demo", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
 SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False"
 TINY = f"{SHORT} --gradient_accumulation_steps 1 --dataloader_num_workers 0"
@@ -145,6 +149,32 @@ def make_sources(folder: Path, rows: list[dict]) -> None:
     (folder / hub / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n")
 
 
+def run(words: list[str]) -> str:
+    """What a command prints on standard output. Exits if it fails."""
+    line = words[-1]
+    if words[0] != "bash" or not line.startswith("python ") or re.search("[;|&<>]", line):
+        return subprocess.run(words, cwd=FOLDER, check=True, stdout=subprocess.PIPE, text=True).stdout
+    with tempfile.NamedTemporaryFile("r") as log:
+        process = SERVER.Process(target=run_python, args=(shlex.split(line)[1:], log.name))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{log.read()}\n{line}\nexit status {process.exitcode}")
+        return log.read()
+
+
+def run_python(words: list[str], log: str) -> None:
+    """What `python FILE FLAGS` or `python -m MODULE FLAGS` does, in a process that has the libraries loaded already."""
+    multiprocessing.set_start_method("fork", force=True)  # for data-loading workers, as in any new process
+    os.dup2(os.open(log, os.O_WRONLY), 1)
+    os.chdir(FOLDER)
+    sys.argv = words[words[0] == "-m" :]
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
 def main() -> None:
     fill_folder()
     hub = FakeHub()
@@ -155,16 +185,19 @@ def main() -> None:
     environment = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(FOLDER / "hf"), "HF_TOKEN": "hf_ci"}
 
+    os.environ.update(environment)  # for the commands, and for the server that forks them
+    SERVER.set_forkserver_preload("train recognize report hub soxr transformers.models.qwen2.modeling_qwen2".split())
+
     count = 0
     for readme in READMES:
         for text, words in commands(readme):
             print(text, flush=True)
             begin = time.perf_counter()
-            process = subprocess.run(words, cwd=FOLDER, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-            print(process.stdout, end="")
+            out = run(words)
+            print(out, end="")
             print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
             if "tools.matrix" in text:
-                rows = {row for row in process.stdout.splitlines() if row.startswith("|")}
+                rows = {row for row in out.splitlines() if row.startswith("|")}
                 assert rows <= set(readme.read_text().splitlines()), f"{readme}: another table than tools.matrix prints"
             count += 1
     print(f"{count} commands and examples of {len(READMES)} READMEs ran")
