@@ -257,8 +257,9 @@ class Job:
 
     @property
     def out(self) -> str:
-        """Standard output of the first rank."""
-        return (self.logs / "out0").read_text()
+        """Standard output of the first rank, so far."""
+        path = self.logs / "out0"
+        return path.read_text() if path.exists() else ""  # the process makes it when it begins
 
     @property
     def err(self) -> str:

@@ -274,10 +274,10 @@ def test_another_order_of_training(fork, original):
     assert fork.losses() != original.losses()
 
 
-def test_another_way_to_make_batches(fork, original):
+def test_another_way_to_make_batches(fork, tmp_path, world):
     """Neighbours of the manifest stand in a batch."""
     flags = "--max_batch_seconds 9"
-    before = fork.run(("train", f"{TRAIN} --output_dir {fork.folder}/budget {flags}"))
+    before = Fork(tmp_path / "plain", world).run(("train", f"{TRAIN} --output_dir {tmp_path}/budget {flags}"))
     line = "    strips = np.array_split("
     fork.insert_before("batching.py", line, "    return np.arange(len(lengths))\n")
     after = fork.train_and_decode(flags)
