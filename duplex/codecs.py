@@ -87,7 +87,9 @@ class MelCodec:
         self.window = torch.hann_window(self.size)
 
     @classmethod
-    def learn(cls, samples: list[Tensor], num_codebooks: int = 8, codebook_size: int = 256, seed: int = 0) -> "MelCodec":
+    def learn(
+        cls, samples: list[Tensor], num_codebooks: int = 8, codebook_size: int = 256, seed: int = 0
+    ) -> "MelCodec":
         """The codec of clips (A,): each book holds the means of what the books before it leave over."""
         codec, random = cls(torch.zeros(0, codebook_size, 1), torch.zeros(1)), torch.Generator().manual_seed(seed)
         rest = torch.cat([codec.frames(clip[None])[0] for clip in samples])  # (frames, 640)

@@ -130,11 +130,13 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         self.problems: list[str] = []  # what did not fit, in this process
+        self.seconds = np.array([record["turns"][-1]["end"] for record in self.records])  # nearly, to sort by
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        index = index[1] if isinstance(index, tuple) else index  # LengthSampler gives (epoch, index)
         record = self.records[index]
         try:
             user, agent = (load_audio(record.get("folder", Path()) / record[role]) for role in ("user", "agent"))
@@ -165,4 +167,6 @@ def collate(examples: list[dict], pad: int) -> dict:
         "text_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "num_frames": torch.tensor([len(row) for row in ids]),
         "agent_samples": pad_sequence([example["agent_samples"] for example in examples], batch_first=True),
+        "index": [example["index"] for example in examples],
+        "bad": [None] * len(examples),  # train.py counts what it skips
     }

@@ -90,8 +90,13 @@ class DuplexModel(SpeechLLM):
         num_codes, width = self.codec.num_codebooks * (self.size + 3), llm.config.get_text_config().hidden_size
         self.register_buffer("offsets", torch.arange(self.codec.num_codebooks) * (self.size + 3), persistent=False)
         features = encoder.extract(np.zeros((config.context + config.chunk) * HOP, np.float32))
-        if self.embedding_counts[len(features)] not in (config.context + config.chunk, config.context + config.chunk - 1):
-            found = f"{self.embedding_counts[len(features)]} embeddings in {config.context + config.chunk} frames of 80 ms"
+        if self.embedding_counts[len(features)] not in (
+            config.context + config.chunk,
+            config.context + config.chunk - 1,
+        ):
+            found = (
+                f"{self.embedding_counts[len(features)]} embeddings in {config.context + config.chunk} frames of 80 ms"
+            )
             raise InputError(f"--projector_stride {config.projector_stride}: {found}; wanted one each")
         if config.kind == "direct":
             self.code_embeds = nn.Embedding(num_codes, width)
@@ -116,7 +121,9 @@ class DuplexModel(SpeechLLM):
     def embed_windows(self, features: Tensor) -> Tensor:
         """Features of windows (W, F, M) -> the embeddings of their chunks (W, chunk, H), the last ones of each."""
         lengths = torch.full((len(features),), features.shape[1], device=features.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())):
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        ):
             frames = self.encoder(features, lengths)
         return self.projector(frames, self.encoder.output_lengths(lengths))[:, -self.config.chunk :]
 
@@ -144,7 +151,9 @@ class DuplexModel(SpeechLLM):
 
     # Training
 
-    def forward(self, features, text_ids, num_frames, agent_samples, num_items_in_batch=None, **kwargs) -> CausalLMOutput:
+    def forward(
+        self, features, text_ids, num_frames, agent_samples, num_items_in_batch=None, **kwargs
+    ) -> CausalLMOutput:
         """The loss of a batch of `collate`; a mean over frames, of all conversations in the batch alike.
 
         `logits` are a dict of the losses of text and audio. Frames behind a conversation's end do not count.
@@ -167,8 +176,12 @@ class DuplexModel(SpeechLLM):
             code_logits = self.speech_decoder(states.float(), before[:, :-2] + self.offsets, is_blind)
         code_logits = code_logits.unflatten(2, (-1, self.size + 3))  # (B, T - 1, K, V + 3)
         total = counts.sum().clamp(min=1)
-        text_loss = F.cross_entropy(text_logits.flatten(0, 1), text_labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        audio_loss = F.cross_entropy(code_logits.flatten(0, 2), code_labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        text_loss = F.cross_entropy(
+            text_logits.flatten(0, 1), text_labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        audio_loss = F.cross_entropy(
+            code_logits.flatten(0, 2), code_labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
         text_loss, audio_loss = text_loss / total, audio_loss / (total * self.codec.num_codebooks)
         loss = self.config.text_loss_weight * text_loss + self.config.audio_loss_weight * audio_loss
         return CausalLMOutput(loss=loss, logits={"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()})
@@ -202,7 +215,9 @@ class DuplexModel(SpeechLLM):
         with self.in_eval_mode():
             parts, num_frames = [], -(-lengths // HOP)
             for row, length in zip(samples, lengths.tolist(), strict=True):
-                parts += map(self.encoder.extract, windows(row[:length].cpu().numpy(), self.config.chunk, self.config.context))
+                parts += map(
+                    self.encoder.extract, windows(row[:length].cpu().numpy(), self.config.chunk, self.config.context)
+                )
             user = self.embed_user(torch.stack(parts).to(self.device), num_frames)  # (B, T, H)
             state, text, codes = self.start(len(samples)), [], []
             for frame in user.unbind(1):
@@ -245,7 +260,6 @@ class Stream:
         self.model, self.state, config = model, model.start(1), model.config
         self.chunk, self.context = config.chunk, config.context
         self.heard = np.zeros(self.context * HOP, np.float32)  # the context, and what is not a whole chunk yet
-        self.num_frames = 0  # that have been given
         self.waiting: list[Tensor] = [torch.zeros(1, model.config.hidden_size, device=model.device)] * (self.chunk - 1)
 
     @torch.no_grad()
@@ -258,9 +272,10 @@ class Stream:
                 self.heard = self.heard[self.chunk * HOP :]
                 features = self.model.encoder.extract(window)[None].to(self.model.device)
                 self.waiting += self.model.embed_windows(features)[0].unsqueeze(1).unbind(0)
-                while len(self.waiting) >= self.chunk:
-                    self.model.step(self.waiting.pop(0), self.state)
+                for user in self.waiting:  # as the first frames, those that no chunk has reached yet
+                    self.model.step(user, self.state)
                     yield int(self.state.text), self.state.codes[0]
+                self.waiting = []
 
 
 class SpeechDecoder(nn.Module):

@@ -1,6 +1,6 @@
 """Talk to a DuplexModel: what the agent says to a recording, in text as it comes, and in sound.
 
-    python -m duplex.talk --model_path run user.wav --result_path reply.wav  # user on the left, agent on the right
+python -m duplex.talk --model_path run user.wav --result_path reply.wav  # user on the left, agent on the right
 """
 
 import argparse
@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, user = DuplexModel.from_pretrained(args.model_path), load_audio(args.audio)
     stream, codes, begin, words = model.stream(), [], time.perf_counter(), []
-    pieces = [*np.split(user, range(HOP, len(user), HOP)), np.zeros(stream.missing(len(user)), np.float32)]
-    for piece in pieces:
+    user = np.pad(user, (0, -len(user) % (model.config.chunk * HOP)))  # silence to the end of the last chunk
+    for piece in np.split(user, range(HOP, len(user), HOP)):  # as a microphone would give it
         for token, frame in stream.push(piece):
             codes.append(frame)
             if token == model.tokens.bos:
