@@ -474,6 +474,7 @@ def load_model(
     if args.engine:
         import engines  # an option
 
+        place = engines.prepare(args)  # before any weight is loaded
     model = model_class.from_config(config, **place)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")

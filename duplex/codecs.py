@@ -19,7 +19,7 @@ from manifest import SAMPLE_RATE
 
 
 def load_codec(name: str, revision: str | None = None) -> "HubCodec | MelCodec":
-    """The codec of a Hub name or folder of Mimi, EnCodec or DAC, or of a file that MelCodec wrote. Raises InputError."""
+    """The codec of a Hub name or folder of Mimi, EnCodec or DAC, or of MelCodec's file. Raises InputError."""
     with as_input_error(name, "load a codec", "a Hub name or folder of Mimi, EnCodec or DAC, or a .safetensors file"):
         if Path(name).suffix == ".safetensors":
             return MelCodec(**load_file(name))

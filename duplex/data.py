@@ -1,6 +1,6 @@
 """Conversations in two channels: the user's is heard, the agent's is learnt, in frames of 80 ms.
 
-{"user": "u.wav", "agent": "a.wav", "turns": [{"role": "user", "start": 0.0, "end": 1.9, "text": "seven plus two"}, ...]}
+{"user": "u.wav", "agent": "a.wav", "turns": [{"role": "user", "start": 0.0, "end": 1.9, "text": "seven?"}, ...]}
 
 Shapes: B conversations, T frames of 80 ms, W windows of the encoder, S samples of the user at 16 kHz, A samples of the
 agent at the codec's rate, F feature frames, M mel bins.
@@ -44,8 +44,8 @@ class TextTokens:
 def text_channel(turns: list[dict], num_frames: int, encode: Callable, tokens: TextTokens) -> tuple[Tensor, list[str]]:
     """(Token ids (T,) of turns with start, end and text; what did not fit).
 
-    From its first frame a turn stands as bos and the tokens of its text, one a frame; in the frame of its end comes eos,
-    on top of a token of the text if there are too many.
+    From its first frame a turn stands as bos and the tokens of its text, one a frame; in the frame of its end stands
+    eos, on top of a token of the text if there are too many.
     """
     ids, problems = torch.full((num_frames,), tokens.pad), []
     for turn in turns:
@@ -105,6 +105,11 @@ def check_conversation(record: dict) -> None:
         last[turn["role"]] = turn["end"]
 
 
+def last_end(record: dict) -> float:
+    """Seconds after which nobody speaks any more."""
+    return max((turn["end"] for turn in record["turns"]), default=0.0)
+
+
 def windows(samples: np.ndarray, chunk: int, context: int) -> np.ndarray:
     """Each chunk of so many frames, behind so many frames of what came before: (S,) -> (W, (context + chunk) * HOP).
 
@@ -130,7 +135,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         self.problems: list[str] = []  # what did not fit, in this process
-        self.seconds = np.array([record["turns"][-1]["end"] for record in self.records])  # nearly, to sort by
+        self.seconds = np.array([last_end(record) for record in self.records])  # nearly, to sort by
 
     def __len__(self) -> int:
         return len(self.records)
@@ -160,7 +165,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 
 def collate(examples: list[dict], pad: int) -> dict:
-    """One batch, padded on the right: text_ids (B, T), num_frames (B,), agent_samples (B, A), features (sum of W, ...)."""
+    """One batch, padded on the right: text_ids (B, T), num_frames (B,), agent_samples (B, A), features (of all W)."""
     ids = [example["text_ids"] for example in examples]
     return {
         "features": torch.cat([example["features"] for example in examples]),  # windows, conversation by conversation

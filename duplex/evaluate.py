@@ -12,7 +12,6 @@ import sacrebleu
 import soundfile
 import soxr
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from dataset import load_audio
 from duplex.data import FRAME_SECONDS, frame_of, open_conversations

@@ -254,7 +254,7 @@ class DuplexModel(SpeechLLM):
 
 
 class Stream:
-    """A conversation under way: `push` takes samples of the user and gives what the agent says in each frame of 80 ms."""
+    """A conversation under way: `push` takes samples of the user and gives what the agent says in each frame."""
 
     def __init__(self, model: DuplexModel):
         self.model, self.state, config = model, model.start(1), model.config
@@ -279,9 +279,9 @@ class Stream:
 
 
 class SpeechDecoder(nn.Module):
-    """Codes of the LLM's states (B, T, H): a pre-norm causal transformer, without biases, over P(state) + mean of codes.
+    """Codes of the LLM's states (B, T, H): a pre-norm causal transformer over P(state) + mean of codes.
 
-    Feed-forward parts are two causal convolutions over 3 frames with a GELU between them; positions are learned.
+    It has no biases. Feed-forward parts are two causal convolutions over 3 frames with a GELU; positions are learned.
     """
 
     max_frames = 4096  # 5 minutes and a half

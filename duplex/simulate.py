@@ -6,7 +6,6 @@ Line by line, an answer belongs to the question of the same number. A conversati
 of those with two the second comes while the agent still answers the first, and the agent falls silent.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from dataset import load_audio, open_records
-from errors import InputError, run
+from dataset import load_audio
+from errors import InputError
 from manifest import SAMPLE_RATE, Records, clips_of
 
 ANSWER_AFTER = 0.3  # seconds between the end of a question and the beginning of its answer
