@@ -105,37 +105,41 @@ def check_conversation(record: dict) -> None:
         last[turn["role"]] = turn["end"]
 
 
-def last_end(record: dict) -> float:
-    """Seconds after which nobody speaks any more."""
-    return max((turn["end"] for turn in record["turns"]), default=0.0)
+def windows(samples: np.ndarray, chunk: int, context: int, lookahead: int) -> np.ndarray:
+    """Each chunk of so many frames with those before and behind it: (S,) -> (W, (context + chunk + lookahead) * HOP).
 
-
-def windows(samples: np.ndarray, chunk: int, context: int) -> np.ndarray:
-    """Each chunk of so many frames, behind so many frames of what came before: (S,) -> (W, (context + chunk) * HOP).
-
-    Before the start and behind the end there is silence. An encoder that looks both ways sees no sample behind the
-    chunk, and gives the same frames in training and in a stream.
+    Before the start and behind the end there is silence. An encoder that looks both ways sees no sample behind its
+    window, and gives the same frames in training and in a stream.
     """
     num_chunks = -(-len(samples) // (chunk * HOP))
-    samples = np.pad(samples, (context * HOP, num_chunks * chunk * HOP - len(samples)))
-    return np.lib.stride_tricks.sliding_window_view(samples, (context + chunk) * HOP)[:: chunk * HOP]
+    samples = np.pad(samples, (context * HOP, (num_chunks * chunk + lookahead) * HOP - len(samples)))
+    return np.lib.stride_tricks.sliding_window_view(samples, (context + chunk + lookahead) * HOP)[:: chunk * HOP]
+
+
+def window_features(extract: Callable, samples: np.ndarray, **sizes: int) -> Tensor:
+    """Features (W, F, M) of the windows of samples (S,)."""
+    return torch.stack([extract(window) for window in windows(samples, **sizes)])
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 @dataclass(eq=False)
 class ConversationDataset(torch.utils.data.Dataset):
-    """Examples of conversations: the user's features, the agent's samples and the text channel of the agent."""
+    """Examples of conversations: what is heard of the user, the agent's samples and the agent's text channel."""
 
     records: RecordList
-    extract: Callable[[np.ndarray], Tensor]  # samples of a window -> features (F, M), or samples again
+    hear: Callable[[np.ndarray], Tensor]  # samples (S,) -> features (W, F, M) of windows, or the encoder's frames
     encode: Callable[[str], list[int]]  # text -> ids
     tokens: TextTokens
     agent_rate: int  # Hz, of the codec
-    chunk: int
-    context: int
 
     def __post_init__(self):
         self.problems: list[str] = []  # what did not fit, in this process
-        self.seconds = np.array([last_end(record) for record in self.records])  # nearly, to sort by
+        self.seconds = np.array(
+            [max([turn["end"] for turn in r["turns"]], default=0.0) for r in self.records]
+        )  # nearly
 
     def __len__(self) -> int:
         return len(self.records)
@@ -143,32 +147,32 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         index = index[1] if isinstance(index, tuple) else index  # LengthSampler gives (epoch, index)
         record = self.records[index]
-        try:
-            user, agent = (load_audio(record.get("folder", Path()) / record[role]) for role in ("user", "agent"))
-        except BadUtterance as error:
-            raise BadUtterance(f"{record['where']}: {error}") from None
-        size = max(len(user), len(agent))
-        if abs(len(user) - len(agent)) > HOP:
-            seconds = f"{len(user) / SAMPLE_RATE:.2f} and {len(agent) / SAMPLE_RATE:.2f} s"
-            self.problems.append(f"{record['where']}: channels of {seconds}: the shorter is filled with silence")
-        user, agent = (np.pad(samples, (0, size - len(samples))) for samples in (user, agent))
-        num_frames = -(-size // HOP)
+        (user, agent), problems = load_channels(record)
         turns = [turn for turn in record["turns"] if turn["role"] == "agent"]
-        ids, problems = text_channel(turns, num_frames, self.encode, self.tokens)
-        self.problems += [f"{record['where']}: {problem}" for problem in problems]
-        return {
-            "features": torch.stack([self.extract(window) for window in windows(user, self.chunk, self.context)]),
-            "agent_samples": torch.from_numpy(soxr.resample(agent, SAMPLE_RATE, self.agent_rate)),
-            "text_ids": ids,
-            "index": index,
-        }
+        ids, misfits = text_channel(turns, -(-len(user) // HOP), self.encode, self.tokens)
+        self.problems += [f"{record['where']}: {problem}" for problem in problems + misfits]
+        agent = torch.from_numpy(soxr.resample(agent, SAMPLE_RATE, self.agent_rate))
+        return {"heard": self.hear(user), "agent_samples": agent, "text_ids": ids, "index": index}
+
+
+def load_channels(record: dict) -> tuple[np.ndarray, list[str]]:
+    """(Samples of user and agent (2, S), of the longer one's length; what did not fit). Raises BadUtterance."""
+    try:
+        user, agent = (load_audio(record.get("folder", Path()) / record[role]) for role in ("user", "agent"))
+    except BadUtterance as error:
+        raise BadUtterance(f"{record['where']}: {error}") from None
+    size, problems = max(len(user), len(agent)), []
+    if abs(len(user) - len(agent)) > HOP:
+        seconds = f"{len(user) / SAMPLE_RATE:.2f} and {len(agent) / SAMPLE_RATE:.2f} s"
+        problems = [f"channels of {seconds}: the shorter is filled with silence"]
+    return np.stack([np.pad(samples, (0, size - len(samples))) for samples in (user, agent)]), problems
 
 
 def collate(examples: list[dict], pad: int) -> dict:
-    """One batch, padded on the right: text_ids (B, T), num_frames (B,), agent_samples (B, A), features (of all W)."""
+    """One batch, padded on the right: text_ids (B, T), num_frames (B,), agent_samples (B, A), heard (of all W)."""
     ids = [example["text_ids"] for example in examples]
     return {
-        "features": torch.cat([example["features"] for example in examples]),  # windows, conversation by conversation
+        "heard": torch.cat([example["heard"] for example in examples]),  # windows, conversation by conversation
         "text_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "num_frames": torch.tensor([len(row) for row in ids]),
         "agent_samples": pad_sequence([example["agent_samples"] for example in examples], batch_first=True),

@@ -12,9 +12,9 @@ import sacrebleu
 import soundfile
 import soxr
 import torch
+from torch import Tensor
 
-from dataset import load_audio
-from duplex.data import FRAME_SECONDS, frame_of, open_conversations
+from duplex.data import FRAME_SECONDS, HOP, frame_of, load_channels, open_conversations
 from duplex.model import DuplexModel
 from errors import run
 from manifest import SAMPLE_RATE
@@ -22,62 +22,85 @@ from model import SpeechLLM
 from score import score
 
 SOUND = 0.01  # root mean square of a frame in which the agent is heard
-SILENT_WITHIN = 0.5  # seconds after an interruption
+SILENT_WITHIN = round(0.5 / FRAME_SECONDS)  # frames after an interruption
 
 
 def evaluate(model: DuplexModel, records, recognizer: SpeechLLM | None, folder: Path | None = None) -> dict[str, float]:
-    """Figures by name; with a folder, the replies are written there in stereo, the user on the left."""
-    replies = {"text": [], "reference": [], "audio": [], "codec": []}
-    words, sounds, obeyed, begin, seconds = [], [], [], time.perf_counter(), 0.0
+    """Figures by name: those of the text over all requests, those of the voice over answers without an interruption.
+
+    A request is a turn of the user with what the agent says from its end to the next one. Delays are medians. With a
+    folder, the conversations are written there in stereo, the user on the left.
+    """
+    texts, voices, word_delays, sound_delays, obeyed, elapsed, seconds = [], [], [], [], [], 0.0, 0.0
     for number, record in enumerate(records):
-        user, agent = (load_audio(record.get("folder", Path()) / record[role]) for role in ("user", "agent"))
+        (user, agent), _ = load_channels(record)
+        begin = time.perf_counter()
         result = model.offline_inference(torch.from_numpy(user)[None], torch.tensor([len(user)]))
-        seconds += len(user) / SAMPLE_RATE
-        audio = soxr.resample(result["audio"][0].cpu().numpy(), model.codec.sample_rate, SAMPLE_RATE)
-        replies["text"].append(result["text"][0])
-        replies["reference"].append(" ".join(turn["text"] for turn in record["turns"] if turn["role"] == "agent"))
-        replies["audio"].append(audio)
-        hop = round(FRAME_SECONDS * SAMPLE_RATE)
-        loudness = np.sqrt(np.mean(audio[: len(audio) // hop * hop].reshape(-1, hop) ** 2, 1))
-        text = result["tokens_text"][0].tolist()
-        is_speaking = np.zeros(len(text), bool)  # between bos and eos
-        for frame, token in enumerate(text):
-            is_speaking[frame] = token != model.tokens.eos and (
-                token == model.tokens.bos or (frame and is_speaking[frame - 1])
-            )
+        elapsed, seconds = elapsed + time.perf_counter() - begin, seconds + len(user) / SAMPLE_RATE
+        rate, ids = model.codec.sample_rate, result["tokens_text"][0]  # (T,)
+        reply = soxr.resample(result["audio"][0].cpu().numpy(), rate, SAMPLE_RATE)
+        codes = model.codec.encode(torch.from_numpy(soxr.resample(agent, SAMPLE_RATE, rate))[None])[0]
+        copy = soxr.resample(model.audio_of(codes).cpu().numpy(), rate, SAMPLE_RATE)
+        is_loud, is_speaking = loud_frames(reply), speaking_frames(model, ids)
         users = [turn for turn in record["turns"] if turn["role"] == "user"]
         for turn, later in zip(users, [*users[1:], None], strict=True):
-            end, start = frame_of(turn["end"]), frame_of(turn["start"])
-            if start and start < len(text) and is_speaking[start - 1]:  # the user interrupts
-                after = start + round(SILENT_WITHIN / FRAME_SECONDS)
-                obeyed.append(not is_speaking[after] and loudness[after + 1 : after + 3].max() < SOUND)
-            until = frame_of(later["start"]) if later else len(text)
-            word = [frame for frame in range(end, until) if text[frame] == model.tokens.bos]
-            sound = [frame for frame in range(end, min(until, len(loudness))) if loudness[frame] > SOUND]
-            words += [(word[0] + 2 - end) * FRAME_SECONDS] if word else []
-            sounds += [(sound[0] + 1 - end) * FRAME_SECONDS] if sound else []
-        if recognizer:
-            codes = model.codec.encode(
-                torch.from_numpy(soxr.resample(agent, SAMPLE_RATE, model.codec.sample_rate))[None]
-            )
-            copy = model.audio_of(codes)[0].numpy()
-            replies["codec"].append(soxr.resample(copy, model.codec.sample_rate, SAMPLE_RATE))
+            start, end = frame_of(turn["start"]), frame_of(turn["end"])
+            until = frame_of(later["start"]) if later else len(ids)
+            answers = [t for t in record["turns"] if t["role"] == "agent" and end <= frame_of(t["start"]) < until]
+            wanted = " ".join(answer["text"] for answer in answers)
+            texts.append((wanted, model.text_of(ids[end:until])))
+            # The text of step t is that of frame t + 1, and known when frame t is over. So are the codes of frame t.
+            words = (ids[end:until] == model.tokens.bos).nonzero()[:1] + 2
+            sounds = is_loud[end:until].nonzero()[0][:1] + 1
+            word_delays += [float(frames) * FRAME_SECONDS for frames in words]
+            sound_delays += [float(frames) * FRAME_SECONDS for frames in sounds]
+            if all(frame_of(answer["end"]) <= until for answer in answers):
+                voices.append((wanted, cut(reply, end, until), cut(copy, end, until)))
+            if 0 < start < len(ids) - SILENT_WITHIN and is_speaking[start - 1]:  # the user interrupts
+                after = start + SILENT_WITHIN
+                obeyed.append(not is_speaking[after] and not is_loud[after + 1 : after + 3].any())
         if folder:
-            size = max(len(user), len(audio))
-            channels = [np.pad(channel, (0, size - len(channel))) for channel in (user, audio)]
-            soundfile.write(folder / f"reply{number:03}.wav", np.stack(channels, 1), SAMPLE_RATE)
-    elapsed = time.perf_counter() - begin
-    exact = np.mean([text == reference for text, reference in zip(replies["text"], replies["reference"], strict=True)])
-    figures = {"exact": exact, "bleu": sacrebleu.corpus_bleu(replies["text"], [replies["reference"]]).score}
-    figures |= {"first_word": float(np.median(words or [np.nan])), "first_sound": float(np.median(sounds or [np.nan]))}
-    figures |= {"obeyed": float(np.mean(obeyed or [np.nan])), "interruptions": len(obeyed)}
-    figures["real_time_factor"] = elapsed / seconds
+            size = min(len(user), len(reply))
+            soundfile.write(folder / f"reply{number:03}.wav", np.stack([user[:size], reply[:size]], 1), SAMPLE_RATE)
+    wanted, said = zip(*texts, strict=True)
+    figures = {"exact": np.mean([one == other for one, other in texts]), "requests": len(texts)}
+    figures |= {"bleu": sacrebleu.corpus_bleu(said, [wanted]).score}
+    figures |= {"first_word": np.median(word_delays or np.nan), "first_sound": np.median(sound_delays or np.nan)}
+    figures |= {
+        "obeyed": np.mean(obeyed or np.nan),
+        "interruptions": len(obeyed),
+        "real_time_factor": elapsed / seconds,
+    }
     if recognizer:
-        for name in ("audio", "codec"):
-            texts = recognizer.transcribe(replies[name])
-            figures[f"wer_{name}"] = score(replies["reference"], texts).all.rate
-            figures[f"asr_bleu_{name}"] = sacrebleu.corpus_bleu(texts, [replies["reference"]]).score
-    return figures
+        wanted, *recordings = zip(*voices, strict=True)
+        for name, clips in zip(("reply", "codec"), recordings, strict=True):
+            heard = recognizer.transcribe(list(clips))
+            figures[f"wer_{name}"] = score(wanted, heard).all.rate
+            figures[f"asr_bleu_{name}"] = sacrebleu.corpus_bleu(heard, [wanted]).score
+    return {name: float(value) for name, value in figures.items()}
+
+
+def loud_frames(samples: np.ndarray) -> np.ndarray:
+    """(T,) in which frames something is heard."""
+    frames = samples[: len(samples) // HOP * HOP].reshape(-1, HOP)
+    return np.sqrt(np.mean(frames**2, 1)) > SOUND
+
+
+def speaking_frames(model: DuplexModel, ids: Tensor) -> list[bool]:
+    """(T,) in which frames the text channel is between the beginning and the end of a turn."""
+    frames, is_speaking = [], False
+    for token in ids.tolist():
+        is_speaking = token == model.tokens.bos or (is_speaking and token != model.tokens.eos)
+        frames.append(is_speaking)
+    return frames
+
+
+def cut(samples: np.ndarray, start: int, end: int) -> np.ndarray:
+    """What is heard between two frames, with a frame of silence around it; nothing if nothing is."""
+    loud = loud_frames(samples[start * HOP : end * HOP]).nonzero()[0]
+    if not len(loud):
+        return samples[:0]
+    return samples[max(start + loud[0] - 1, 0) * HOP : (start + loud[-1] + 2) * HOP]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ Line by line, an answer belongs to the question of the same number. A conversati
 of those with two the second comes while the agent still answers the first, and the agent falls silent.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +14,21 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from dataset import load_audio
-from errors import InputError
+from dataset import load_audio, open_records
+from duplex.data import FRAME_SECONDS, frame_of
+from errors import InputError, run
 from manifest import SAMPLE_RATE, Records, clips_of
 
-ANSWER_AFTER = 0.3  # seconds between the end of a question and the beginning of its answer
-SILENT_AFTER = 0.3  # seconds in which an agent that is interrupted falls silent
+ANSWER_AFTER = 0.4  # seconds between the end of a question and the beginning of its answer
+SILENT_AFTER = 0.4  # seconds in which an agent that is interrupted falls silent
 
 
 def simulate(questions: Records, answers: Records, indices: Sequence[int], interruption: float, random) -> tuple:
-    """(user's samples (S,), agent's samples (S,), turns) of a conversation about these questions, one or two."""
+    """(User's samples (S,), agent's samples (S,), turns) of a conversation about these questions, one or two.
+
+    The agent begins with a frame, as a voice of frames does. An interrupted answer keeps the words for which the text
+    channel, a token a frame and thus ahead of the voice, has room.
+    """
     channels, turns, now = {"user": [], "agent": []}, [], random.uniform(0.2, 0.8)  # seconds
     is_interrupted = len(indices) > 1 and random.random() < interruption
 
@@ -34,15 +40,14 @@ def simulate(questions: Records, answers: Records, indices: Sequence[int], inter
 
     for number, index in enumerate(indices):
         question, answer = (load_audio(*clips_of(records[index])[0]) for records in (questions, answers))
-        end = say("user", now, question, questions[index]["txt"])
+        end, text = say("user", now, question, questions[index]["txt"]), answers[index]["txt"]
+        start = frame_of(end + ANSWER_AFTER) * FRAME_SECONDS
+        now = start + len(answer) / SAMPLE_RATE + random.uniform(0.2, 0.8)  # the next question begins
         if is_interrupted and number == 0:
-            now = end + ANSWER_AFTER + random.uniform(0.3, 0.6)  # the next question begins
-            answer = answer[: round((now + SILENT_AFTER - end - ANSWER_AFTER) * SAMPLE_RATE)]
-            said = len(answer) / len(load_audio(*clips_of(answers[index])[0]))
-            words = answers[index]["txt"].split()
-            say("agent", end + ANSWER_AFTER, answer, " ".join(words[: round(said * len(words))]))
-        else:
-            now = say("agent", end + ANSWER_AFTER, answer, answers[index]["txt"]) + random.uniform(0.2, 0.8)
+            now = start + random.uniform(0.3, 0.6)
+            answer = answer[: round((now + SILENT_AFTER - start) * SAMPLE_RATE)]
+            text = " ".join(text.split()[: int((now + SILENT_AFTER - start) / FRAME_SECONDS) - 1])
+        say("agent", start, answer, text)
     size = round(max(turn["end"] for turn in turns) * SAMPLE_RATE) + SAMPLE_RATE // 2
     signals = {role: np.zeros(size, np.float32) for role in channels}
     for role, parts in channels.items():
@@ -68,3 +73,20 @@ def write_conversations(
             soundfile.write(folder / name, samples, SAMPLE_RATE)
         rows.append(names | {"turns": turns})
     (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", required=True, help="manifest of what users ask")
+    parser.add_argument("--answers", required=True, help="manifest of the answers, in the same order")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where conversations.jsonl and wav/ go")
+    parser.add_argument("--count", type=int, required=True, help="conversations to make")
+    parser.add_argument("--interruption", type=float, default=0.3, help="share of those with two questions (0.3)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes other conversations (0)")
+    args = parser.parse_args(argv)
+    records = open_records(args.questions), open_records(args.answers)
+    write_conversations(*records, args.output_dir, args.count, args.interruption, args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

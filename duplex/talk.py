@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, user = DuplexModel.from_pretrained(args.model_path), load_audio(args.audio)
     stream, codes, begin, words = model.stream(), [], time.perf_counter(), []
-    user = np.pad(user, (0, -len(user) % (model.config.chunk * HOP)))  # silence to the end of the last chunk
+    size, rest = model.config.chunk * HOP, model.config.lookahead * HOP
+    user = np.pad(user, (0, -len(user) % size + rest))  # silence to the end of the last window
     for piece in np.split(user, range(HOP, len(user), HOP)):  # as a microphone would give it
         for token, frame in stream.push(piece):
             codes.append(frame)
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(model.tokenizer.decode([token]), end="", flush=True)
     print()
     seconds = time.perf_counter() - begin
-    agent = model.audio_of(torch.stack(codes)[None])[0].cpu().numpy()
+    agent = model.audio_of(torch.stack(codes)).cpu().numpy()
     rate = model.codec.sample_rate
     user = soxr.resample(user, SAMPLE_RATE, rate)
     stereo = np.zeros((max(len(user), len(agent)), 2), np.float32)

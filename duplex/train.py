@@ -12,14 +12,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
-from duplex.data import collate, open_conversations
+import resume
+from duplex.data import HOP, collate, load_channels, open_conversations
 from duplex.model import DuplexArguments, DuplexConfig, DuplexModel
 from errors import InputError, run
-from manifest import option
+from frame_cache import FrameCache, NewFile, key_of, key_of_encoder
+from manifest import Records, option
 from train import SpeechTrainer, TrainArguments, describe, load_model
 
 
@@ -27,6 +32,7 @@ from train import SpeechTrainer, TrainArguments, describe, load_model
 class DataArguments:
     data_path: str = field(metadata={"help": "conversations: JSON lines as in duplex/data.py, or lhotse:CUTS"})
     eval_data_path: str | None = option(None, "the same, for --eval_strategy: losses of text and audio")
+    encoder_cache: str | None = option(None, "a folder that keeps the frames of a frozen encoder; None = no cache")
     projector_model_path: str | None = option(None, "model.safetensors to start from instead of random weights")
 
 
@@ -38,8 +44,7 @@ class DuplexTrainer(SpeechTrainer):
         dataset, sums, count = eval_dataset or self.eval_dataset, {}, 0
         with self.model.in_eval_mode():  # every process evaluates all of it
             for batch in DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
-                losses = self.model(**self._prepare_inputs(batch))
-                frames = int(batch["num_frames"].sum())
+                losses, frames = self.model(**self._prepare_inputs(batch)), int(batch["num_frames"].sum())
                 for name, value in {"loss": losses.loss, **losses.logits}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * frames
                 count += frames
@@ -49,28 +54,54 @@ class DuplexTrainer(SpeechTrainer):
         return metrics
 
 
+@torch.no_grad()
+def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: int = 0, world_size: int = 1) -> Path:
+    """The folder of a FrameCache, which afterwards has the encoder's frames of this process's share of the records.
+
+    A conversation is found there by a hash of the user's samples, for one encoder and one size of windows.
+    """
+    if any(p.requires_grad for p in model.encoder.parameters()):
+        raise InputError("--encoder_cache: the encoder is trained; wanted a frozen one")
+    sizes = "_".join(map(str, model.window.values()))
+    place = Path(folder, f"{key_of_encoder(model.encoder, False)}_{sizes}")
+    place.mkdir(parents=True, exist_ok=True)
+    cache = FrameCache(place, model.encoder.output_size)
+    with NewFile(place) as file:
+        for index in tqdm(range(rank, len(records), world_size), "encoding", disable=None):
+            (user, _), _ = load_channels(records[index])
+            if cache.find(key_of(user)) is None:
+                frames = model.encode_windows(model.hear(user).to(model.device))  # (W, frames, D)
+                file.append({key_of(user): frames.flatten(0, 1).bfloat16().cpu()})
+    return place
+
+
+def cached_windows(cache: FrameCache, chunk: int, samples: np.ndarray) -> torch.Tensor:
+    """The encoder's frames (W, frames, D) of the windows of samples (S,)."""
+    return cache.extract(samples).unflatten(0, (-(-len(samples) // (chunk * HOP)), -1))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((DuplexArguments, DataArguments, TrainArguments), allow_abbrev=False)
     arguments, data, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
-    records = open_conversations(data.data_path)
-    eval_records = open_conversations(data.eval_data_path) if data.eval_data_path else None
-    checkpoint = None
+    checkpoint, sources = None, [path for path in (data.data_path, data.eval_data_path) if path]
     if list(Path(args.output_dir).glob("checkpoint-[0-9]*")):
-        import resume
-
         checkpoint = resume.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model = load_model(DuplexConfig(**vars(arguments)), data, args, DuplexModel)
-    dataset = model.make_conversations(records)
-    eval_dataset = model.make_conversations(eval_records) if eval_records else None
-    settings = {"model": model.config.to_dict(), "records": records.fingerprint()}
-    if checkpoint:
-        before = json.loads(Path(checkpoint, "train_settings.json").read_text())
-        if before != json.loads(json.dumps(settings)):
-            raise InputError(f"{checkpoint}: is of another model or data; choose another --output_dir")
+    datasets = [model.make_conversations(open_conversations(source)) for source in sources]
+    dataset, records = datasets[0], datasets[0].records
+    settings = json.loads(json.dumps({"model": model.config.to_dict(), "records": records.fingerprint()}))
+    if checkpoint and json.loads(Path(checkpoint, "train_settings.json").read_text()) != settings:
+        raise InputError(f"{checkpoint}: is of another model or data; choose another --output_dir")
+    if data.encoder_cache:
+        for part in datasets:
+            place = encode_once(model, part.records, data.encoder_cache, args.process_index, args.world_size)
+        gather_object([None])  # waits for the other processes
+        for part in datasets:
+            part.hear = partial(cached_windows, FrameCache(place, model.encoder.output_size), model.config.chunk)
     model.config.training = {"trained on": f"{data.data_path}: {len(records):,} conversations"}
-    pad = partial(collate, pad=model.tokens.pad)
-    trainer = DuplexTrainer(model, args, pad, dataset, eval_dataset, settings=settings, eval_metric="loss")
+    options = {"settings": settings, "eval_metric": "loss", "eval_dataset": datasets[1] if datasets[1:] else None}
+    trainer = DuplexTrainer(model, args, partial(collate, pad=model.tokens.pad), dataset, **options)
     if trainer.is_world_process_zero():
         print(describe(model))
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -25,7 +25,7 @@ TOKENS = TextTokens(pad=0, bos=1, eos=2)
 KINDS = pytest.mark.parametrize("kind", ["direct", "decoder"])
 PARTS = {"encoder": "whisper.pt", "llm": "llm", "codec": "codec.safetensors"}
 SIZES = {"projector_stride": 4, "projector_hidden_size": 32, "text_pad": "</s>"}
-SIZES |= {"speech_decoder_size": 64, "speech_decoder_layers": 2, "speech_decoder_dropout": 0.0}
+SIZES |= {"speech_decoder_size": 64, "speech_decoder_layers": 2, "speech_decoder_dropout": 0.0, "lookahead": 1}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def test_a_time_is_the_frame_that_begins_nearest_to_it():
 
 def test_windows_are_chunks_behind_their_context_with_silence_before_the_start():
     samples = np.arange(1, 2.5 * HOP + 1, dtype=np.float32)
-    parts = windows(samples, chunk=2, context=1)
-    assert parts.shape == (2, 3 * HOP)
-    assert not parts[0, :HOP].any() and (parts[0, HOP:] == samples[: 2 * HOP]).all()
+    parts = windows(samples, chunk=2, context=1, lookahead=1)
+    assert parts.shape == (2, 4 * HOP)
+    assert not parts[0, :HOP].any() and (parts[0, HOP : round(3.5 * HOP)] == samples).all()
     assert (parts[1, : round(1.5 * HOP)] == samples[HOP:]).all() and not parts[1, round(1.5 * HOP) :].any()
 
 
@@ -177,8 +177,7 @@ def test_frame_by_frame_it_gives_what_it_gives_all_at_once(models, studio, kind)
     model, (user, *_) = models[kind], users(studio)
     result = replies(model, [user])
     text, codes = result["tokens_text"], result["tokens_audio"]  # (1, T), (1, T, K)
-    parts = windows(user.numpy(), model.config.chunk, model.config.context)
-    embeds = model.embed_user(torch.stack([*map(model.encoder.extract, parts)]), result["tokens_len"])
+    embeds = model.embed_user(model.hear(user.numpy()), result["tokens_len"])
     start = model.start(1)
     before_text = torch.cat([start.text[:, None], text[:, :-1]], 1)
     before_codes = torch.cat([start.codes[:, None], codes[:, :-1]], 1)
@@ -189,7 +188,7 @@ def test_frame_by_frame_it_gives_what_it_gives_all_at_once(models, studio, kind)
         if kind == "direct":
             logits = model.audio_head(states)
         else:
-            seen, blind = (model.speech_decoder(states, before_codes + model.offsets, b) for b in (False, True))
+            seen, blind = (model.speech_decoder(states, before_codes + model.offsets, b)[0] for b in (False, True))
             logits = blind + model.config.cfg_scale * (seen - blind)
     assert logits.unflatten(2, (-1, model.size + 3)).argmax(3).equal(codes)
 
@@ -227,7 +226,7 @@ def test_offline_inference_has_six_results_the_same_alone_and_in_a_batch(models,
 def test_a_stream_in_pieces_of_any_size_gives_what_the_whole_gives(models, studio, kind, size):
     model, (user, *_) = models[kind], users(studio)
     whole, stream = replies(model, [user]), model.stream()
-    padded = np.pad(user.numpy(), (0, -len(user) % (model.config.chunk * HOP)))
+    padded = np.pad(user.numpy(), (0, -len(user) % (model.config.chunk * HOP) + model.config.lookahead * HOP))
     frames = [frame for piece in np.split(padded, range(size, len(padded), size)) for frame in stream.push(piece)]
     assert len(frames) >= 25
     assert [text for text, _ in frames[:25]] == whole["tokens_text"][0].tolist()
@@ -235,7 +234,7 @@ def test_a_stream_in_pieces_of_any_size_gives_what_the_whole_gives(models, studi
 
 
 def test_what_cannot_go_together_is_told(studio, tmp_path):
-    with pytest.raises(InputError, match="--projector_stride 5: 16 embeddings in 20 frames of 80 ms; wanted one each"):
+    with pytest.raises(InputError, match="--projector_stride 5: 16 embeddings in 21 frames of 80 ms; wanted one each"):
         build(studio, "direct", projector_stride=5)
     with pytest.raises(InputError, match="three tokens of the LLM, all different"):
         build(studio, "direct", text_pad="<|im_end|>")
