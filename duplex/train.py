@@ -23,7 +23,7 @@ import resume
 from duplex.data import HOP, collate, load_channels, open_conversations
 from duplex.model import DuplexArguments, DuplexConfig, DuplexModel
 from errors import InputError, run
-from frame_cache import FrameCache, NewFile, key_of, key_of_encoder
+from frame_cache import CachedEncoder, FrameCache, NewFile, key_of, key_of_encoder
 from manifest import Records, option
 from train import SpeechTrainer, TrainArguments, describe, load_model
 
@@ -97,8 +97,10 @@ def main(argv: list[str] | None = None) -> None:
         for part in datasets:
             place = encode_once(model, part.records, data.encoder_cache, args.process_index, args.world_size)
         gather_object([None])  # waits for the other processes
+        cache = FrameCache(place, model.encoder.output_size)
         for part in datasets:
-            part.hear = partial(cached_windows, FrameCache(place, model.encoder.output_size), model.config.chunk)
+            part.hear = partial(cached_windows, cache, model.config.chunk)
+        model.encoder = CachedEncoder(cache, torch.float32)  # which gives back what it gets
     model.config.training = {"trained on": f"{data.data_path}: {len(records):,} conversations"}
     options = {"settings": settings, "eval_metric": "loss", "eval_dataset": datasets[1] if datasets[1:] else None}
     trainer = DuplexTrainer(model, args, partial(collate, pad=model.tokens.pad), dataset, **options)
