@@ -121,19 +121,23 @@ def window_features(extract: Callable, samples: np.ndarray, **sizes: int) -> Ten
     return torch.stack([extract(window) for window in windows(samples, **sizes)])
 
 
+def resample(rate: int, samples: np.ndarray) -> Tensor:
+    return torch.from_numpy(soxr.resample(samples, SAMPLE_RATE, rate))
+
+
 def text_ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 @dataclass(eq=False)
 class ConversationDataset(torch.utils.data.Dataset):
-    """Examples of conversations: what is heard of the user, the agent's samples and the agent's text channel."""
+    """Examples of conversations: what is heard of the user, and the agent's voice and text channel."""
 
     records: RecordList
     hear: Callable[[np.ndarray], Tensor]  # samples (S,) -> features (W, F, M) of windows, or the encoder's frames
+    speak: Callable[[np.ndarray], Tensor]  # samples (S,) -> samples (A,) at the codec's rate, or its codes (T, K)
     encode: Callable[[str], list[int]]  # text -> ids
     tokens: TextTokens
-    agent_rate: int  # Hz, of the codec
 
     def __post_init__(self):
         self.problems: list[str] = []  # what did not fit, in this process
@@ -151,8 +155,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         turns = [turn for turn in record["turns"] if turn["role"] == "agent"]
         ids, misfits = text_channel(turns, -(-len(user) // HOP), self.encode, self.tokens)
         self.problems += [f"{record['where']}: {problem}" for problem in problems + misfits]
-        agent = torch.from_numpy(soxr.resample(agent, SAMPLE_RATE, self.agent_rate))
-        return {"heard": self.hear(user), "agent_samples": agent, "text_ids": ids, "index": index}
+        return {"heard": self.hear(user), "voice": self.speak(agent), "text_ids": ids, "index": index}
 
 
 def load_channels(record: dict) -> tuple[np.ndarray, list[str]]:
@@ -169,13 +172,13 @@ def load_channels(record: dict) -> tuple[np.ndarray, list[str]]:
 
 
 def collate(examples: list[dict], pad: int) -> dict:
-    """One batch, padded on the right: text_ids (B, T), num_frames (B,), agent_samples (B, A), heard (of all W)."""
+    """One batch, padded on the right: text_ids (B, T), num_frames (B,), voice (B, A) or (B, T, K), heard (of all W)."""
     ids = [example["text_ids"] for example in examples]
     return {
         "heard": torch.cat([example["heard"] for example in examples]),  # windows, conversation by conversation
         "text_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "num_frames": torch.tensor([len(row) for row in ids]),
-        "agent_samples": pad_sequence([example["agent_samples"] for example in examples], batch_first=True),
+        "voice": pad_sequence([example["voice"] for example in examples], batch_first=True),
         "index": [example["index"] for example in examples],
         "bad": [None] * len(examples),  # train.py counts what it skips
     }

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from duplex.codecs import load_codec
-from duplex.data import HOP, ConversationDataset, TextTokens, text_ids, window_features
+from duplex.data import HOP, ConversationDataset, TextTokens, resample, text_ids, window_features
 from errors import InputError
 from manifest import SAMPLE_RATE, option
 from model import ModelArguments, SpeechLLM, SpeechLLMConfig
@@ -107,8 +107,8 @@ class DuplexModel(SpeechLLM):
 
     def make_conversations(self, records) -> ConversationDataset:
         """The dataset of records of duplex/data.py for this model."""
-        encode = partial(text_ids, self.tokenizer)
-        return ConversationDataset(records, self.hear, encode, self.tokens, self.codec.sample_rate)
+        speak, encode = partial(resample, self.codec.sample_rate), partial(text_ids, self.tokenizer)
+        return ConversationDataset(records, self.hear, speak, encode, self.tokens)
 
     # What the LLM reads
 
@@ -144,21 +144,21 @@ class DuplexModel(SpeechLLM):
             embeds = embeds + self.code_embeds(codes + self.offsets).sum(2)  # (B, T, K, H) -> (B, T, H)
         return embeds.to(self.llm.dtype)
 
-    def codes_of(self, samples: Tensor, text: Tensor) -> Tensor:
-        """Codes (B, T, K) of the agent's samples (B, A), with those that mark the beginning and the end of a turn."""
-        codes = self.codec.encode(samples)[:, : text.shape[1]].clone()
+    def codes_of(self, voice: Tensor, text: Tensor) -> Tensor:
+        """Codes (B, T, K) of the agent's samples (B, A), or codes, and those that begin and end a turn."""
+        codes = (voice.long() if voice.ndim == 3 else self.codec.encode(voice))[:, : text.shape[1]].clone()
         codes[text[:, : codes.shape[1]] == self.tokens.bos] = self.size
         codes[text[:, : codes.shape[1]] == self.tokens.eos] = self.size + 1
         return codes
 
     # Training
 
-    def forward(self, heard, text_ids, num_frames, agent_samples, num_items_in_batch=None, **kwargs) -> CausalLMOutput:
+    def forward(self, heard, text_ids, num_frames, voice, num_items_in_batch=None, **kwargs) -> CausalLMOutput:
         """The loss of a batch of `collate`; a mean over frames, of all conversations in the batch alike.
 
         `logits` are a dict of the losses of text and audio. Frames behind a conversation's end do not count.
         """
-        codes = self.codes_of(agent_samples, text_ids)  # (B, T, K)
+        codes = self.codes_of(voice, text_ids)  # (B, T, K)
         num_frames, text_ids = num_frames.clamp(max=codes.shape[1]), text_ids[:, : codes.shape[1]]
         before = F.pad(codes, (0, 0, 1, 0), value=self.size + 2)  # (B, T + 1, K): the codes of the frame before
         user = self.embed_user(heard, num_frames)[:, :-1]  # the last frame predicts nothing

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 import resume
-from duplex.data import HOP, collate, load_channels, open_conversations
+from duplex.data import HOP, collate, load_channels, open_conversations, resample
 from duplex.model import DuplexArguments, DuplexConfig, DuplexModel
 from errors import InputError, run
-from frame_cache import CachedEncoder, FrameCache, NewFile, key_of, key_of_encoder
+from frame_cache import TRIAL, CachedEncoder, FrameCache, NewFile, key_of, key_of_encoder
 from manifest import Records, option
 from train import SpeechTrainer, TrainArguments, describe, load_model
 
@@ -54,30 +55,49 @@ class DuplexTrainer(SpeechTrainer):
         return metrics
 
 
-@torch.no_grad()
-def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: int = 0, world_size: int = 1) -> Path:
-    """The folder of a FrameCache, which afterwards has the encoder's frames of this process's share of the records.
+class Caches(NamedTuple):
+    """What was computed once, found by a hash of a conversation's samples."""
 
-    A conversation is found there by a hash of the user's samples, for one encoder and one size of windows.
-    """
+    frames: FrameCache  # of the encoder, for one size of windows
+    codes: FrameCache  # of the codec, which stand there as int16
+    chunk: int
+
+    def hear(self, samples: np.ndarray) -> torch.Tensor:
+        """The encoder's frames (W, frames, D) of the windows of samples (S,)."""
+        return self.frames.extract(samples).unflatten(0, (-(-len(samples) // (self.chunk * HOP)), -1))
+
+    def speak(self, samples: np.ndarray) -> torch.Tensor:
+        return self.codes.extract(samples).view(torch.int16)  # (T, K)
+
+
+@torch.no_grad()
+def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: int = 0, world_size: int = 1) -> Caches:
+    """The caches in a folder, which get the frames and codes of this process's share of the records."""
     if any(p.requires_grad for p in model.encoder.parameters()):
         raise InputError("--encoder_cache: the encoder is trained; wanted a frozen one")
-    sizes = "_".join(map(str, model.window.values()))
-    place = Path(folder, f"{key_of_encoder(model.encoder, False)}_{sizes}")
-    place.mkdir(parents=True, exist_ok=True)
-    cache = FrameCache(place, model.encoder.output_size)
-    with NewFile(place) as file:
+    sizes, trial = "_".join(map(str, model.window.values())), model.codec.encode(torch.from_numpy(TRIAL)[None])
+    names = (
+        f"{key_of_encoder(model.encoder, False)}_{sizes}",
+        "codes_{:x}_{:x}".format(*key_of(trial.numpy().tobytes())),
+    )
+    places, widths = [Path(folder, name) for name in names], (model.encoder.output_size, model.codec.num_codebooks)
+
+    def open_caches() -> Caches:
+        return Caches(*map(FrameCache, places, widths), model.config.chunk)
+
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+    known, speak = open_caches(), partial(resample, model.codec.sample_rate)
+    with NewFile(places[0]) as frames, NewFile(places[1]) as codes:
         for index in tqdm(range(rank, len(records), world_size), "encoding", disable=None):
-            (user, _), _ = load_channels(records[index])
-            if cache.find(key_of(user)) is None:
-                frames = model.encode_windows(model.hear(user).to(model.device))  # (W, frames, D)
-                file.append({key_of(user): frames.flatten(0, 1).bfloat16().cpu()})
-    return place
-
-
-def cached_windows(cache: FrameCache, chunk: int, samples: np.ndarray) -> torch.Tensor:
-    """The encoder's frames (W, frames, D) of the windows of samples (S,)."""
-    return cache.extract(samples).unflatten(0, (-(-len(samples) // (chunk * HOP)), -1))
+            (user, agent), _ = load_channels(records[index])
+            if known.frames.find(key_of(user)) is None:
+                heard = model.encode_windows(model.hear(user).to(model.device))  # (W, frames, D)
+                frames.append({key_of(user): heard.flatten(0, 1).bfloat16().cpu()})
+            if known.codes.find(key_of(agent)) is None:
+                voice = model.codec.encode(speak(agent)[None].to(model.device))[0]  # (T, K)
+                codes.append({key_of(agent): voice.short().cpu()})
+    return open_caches()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,12 +115,12 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{checkpoint}: is of another model or data; choose another --output_dir")
     if data.encoder_cache:
         for part in datasets:
-            place = encode_once(model, part.records, data.encoder_cache, args.process_index, args.world_size)
+            encode_once(model, part.records, data.encoder_cache, args.process_index, args.world_size)
         gather_object([None])  # waits for the other processes
-        cache = FrameCache(place, model.encoder.output_size)
+        caches = encode_once(model, [], data.encoder_cache)
         for part in datasets:
-            part.hear = partial(cached_windows, cache, model.config.chunk)
-        model.encoder = CachedEncoder(cache, torch.float32)  # which gives back what it gets
+            part.hear, part.speak = caches.hear, caches.speak
+        model.encoder = CachedEncoder(caches.frames, torch.float32)  # which gives back what it gets
     model.config.training = {"trained on": f"{data.data_path}: {len(records):,} conversations"}
     options = {"settings": settings, "eval_metric": "loss", "eval_dataset": datasets[1] if datasets[1:] else None}
     trainer = DuplexTrainer(model, args, partial(collate, pad=model.tokens.pad), dataset, **options)
