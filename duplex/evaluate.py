@@ -45,7 +45,7 @@ def evaluate(model: DuplexModel, records, recognizer: SpeechLLM | None, folder: 
         users = [turn for turn in record["turns"] if turn["role"] == "user"]
         for turn, later in zip(users, [*users[1:], None], strict=True):
             start, end = frame_of(turn["start"]), frame_of(turn["end"])
-            until = frame_of(later["start"]) if later else len(ids)
+            until = frame_of(later["end"]) if later else len(ids)  # the next answer comes after that
             answers = [t for t in record["turns"] if t["role"] == "agent" and end <= frame_of(t["start"]) < until]
             wanted = " ".join(answer["text"] for answer in answers)
             texts.append((wanted, model.text_of(ids[end:until])))
@@ -54,7 +54,7 @@ def evaluate(model: DuplexModel, records, recognizer: SpeechLLM | None, folder: 
             sounds = is_loud[end:until].nonzero()[0][:1] + 1
             word_delays += [float(frames) * FRAME_SECONDS for frames in words]
             sound_delays += [float(frames) * FRAME_SECONDS for frames in sounds]
-            if all(frame_of(answer["end"]) <= until for answer in answers):
+            if not later or all(answer["end"] <= later["start"] for answer in answers):
                 voices.append((wanted, cut(reply, end, until), cut(copy, end, until)))
             if 0 < start < len(ids) - SILENT_WITHIN and is_speaking[start - 1]:  # the user interrupts
                 after = start + SILENT_WITHIN
@@ -74,7 +74,8 @@ def evaluate(model: DuplexModel, records, recognizer: SpeechLLM | None, folder: 
     if recognizer:
         wanted, *recordings = zip(*voices, strict=True)
         for name, clips in zip(("reply", "codec"), recordings, strict=True):
-            heard = recognizer.transcribe(list(clips))
+            transcripts = iter(recognizer.transcribe([clip for clip in clips if len(clip)]))
+            heard = [next(transcripts) if len(clip) else "" for clip in clips]
             figures[f"wer_{name}"] = score(wanted, heard).all.rate
             figures[f"asr_bleu_{name}"] = sacrebleu.corpus_bleu(heard, [wanted]).score
     return {name: float(value) for name, value in figures.items()}
@@ -96,11 +97,10 @@ def speaking_frames(model: DuplexModel, ids: Tensor) -> list[bool]:
 
 
 def cut(samples: np.ndarray, start: int, end: int) -> np.ndarray:
-    """What is heard between two frames, with a frame of silence around it; nothing if nothing is."""
-    loud = loud_frames(samples[start * HOP : end * HOP]).nonzero()[0]
-    if not len(loud):
-        return samples[:0]
-    return samples[max(start + loud[0] - 1, 0) * HOP : (start + loud[-1] + 2) * HOP]
+    """What is heard between two frames, with less than 0.1 s around it; nothing if nothing is."""
+    samples = samples[start * HOP : end * HOP]
+    loud = np.flatnonzero(np.abs(samples) > SOUND / 2)
+    return samples[max(loud[0] - 1000, 0) : loud[-1] + 1400] if len(loud) else samples[:0]
 
 
 def main(argv: list[str] | None = None) -> None:
