@@ -43,7 +43,7 @@ class Settings:
     test_conversations: int = 60
     num_codebooks: int = 4
     codebook_size: int = 128
-    steps: int = 1000
+    steps: int = 700
     seed: int = 0
 
 

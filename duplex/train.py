@@ -70,25 +70,24 @@ class Caches(NamedTuple):
         return self.codes.extract(samples).view(torch.int16)  # (T, K)
 
 
-@torch.no_grad()
-def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: int = 0, world_size: int = 1) -> Caches:
-    """The caches in a folder, which get the frames and codes of this process's share of the records."""
-    if any(p.requires_grad for p in model.encoder.parameters()):
-        raise InputError("--encoder_cache: the encoder is trained; wanted a frozen one")
-    sizes, trial = "_".join(map(str, model.window.values())), model.codec.encode(torch.from_numpy(TRIAL)[None])
-    names = (
-        f"{key_of_encoder(model.encoder, False)}_{sizes}",
-        "codes_{:x}_{:x}".format(*key_of(trial.numpy().tobytes())),
-    )
-    places, widths = [Path(folder, name) for name in names], (model.encoder.output_size, model.codec.num_codebooks)
-
-    def open_caches() -> Caches:
-        return Caches(*map(FrameCache, places, widths), model.config.chunk)
-
+def open_caches(model: DuplexModel, folder: str | Path) -> Caches:
+    """The caches of a model's encoder and codec in a folder, with what is there by now."""
+    trial = model.codec.encode(torch.from_numpy(TRIAL)[None])  # tells one codec from another
+    names = f"{key_of_encoder(model.encoder, False)}_{'_'.join(map(str, model.window.values()))}", "codes_{:x}_{:x}"
+    places = Path(folder, names[0]), Path(folder, names[1].format(*key_of(trial.numpy().tobytes())))
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
-    known, speak = open_caches(), partial(resample, model.codec.sample_rate)
-    with NewFile(places[0]) as frames, NewFile(places[1]) as codes:
+    sizes = model.encoder.output_size, model.codec.num_codebooks
+    return Caches(*map(FrameCache, places, sizes), model.config.chunk)
+
+
+@torch.no_grad()
+def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: int = 0, world_size: int = 1) -> None:
+    """Put the frames and codes of this process's share of the records into the caches of a folder."""
+    if any(p.requires_grad for p in model.encoder.parameters()):
+        raise InputError("--encoder_cache: the encoder is trained; wanted a frozen one")
+    known, speak = open_caches(model, folder), partial(resample, model.codec.sample_rate)
+    with NewFile(known.frames.folder) as frames, NewFile(known.codes.folder) as codes:
         for index in tqdm(range(rank, len(records), world_size), "encoding", disable=None):
             (user, agent), _ = load_channels(records[index])
             if known.frames.find(key_of(user)) is None:
@@ -97,7 +96,6 @@ def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: 
             if known.codes.find(key_of(agent)) is None:
                 voice = model.codec.encode(speak(agent)[None].to(model.device))[0]  # (T, K)
                 codes.append({key_of(agent): voice.short().cpu()})
-    return open_caches()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         for part in datasets:
             encode_once(model, part.records, data.encoder_cache, args.process_index, args.world_size)
         gather_object([None])  # waits for the other processes
-        caches = encode_once(model, [], data.encoder_cache)
+        caches = open_caches(model, data.encoder_cache)
         for part in datasets:
             part.hear, part.speak = caches.hear, caches.speak
         model.encoder = CachedEncoder(caches.frames, torch.float32)  # which gives back what it gets

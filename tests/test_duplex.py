@@ -19,7 +19,9 @@ from duplex.codecs import HubCodec, MelCodec, load_codec
 from duplex.data import HOP, TextTokens, collate, frame_of, open_conversations, text_channel, windows
 from duplex.evaluate import evaluate
 from duplex.model import DuplexModel
+from duplex.train import encode_once, open_caches
 from errors import InputError
+from frame_cache import CachedEncoder
 
 TOKENS = TextTokens(pad=0, bos=1, eos=2)
 KINDS = pytest.mark.parametrize("kind", ["direct", "decoder"])
@@ -231,6 +233,25 @@ def test_a_stream_in_pieces_of_any_size_gives_what_the_whole_gives(models, studi
     assert len(frames) >= 25
     assert [text for text, _ in frames[:25]] == whole["tokens_text"][0].tolist()
     assert torch.stack([codes for _, codes in frames[:25]]).equal(whole["tokens_audio"][0])
+
+
+def test_frames_and_codes_that_are_computed_once_give_the_same_loss(studio, tmp_path):
+    model, records = build(studio, "direct"), open_conversations(studio / "talks.jsonl")
+    dataset = model.make_conversations(records)
+    loss = model(**collate([dataset[0], dataset[1]], model.tokens.pad)).loss
+    for rank in range(2):
+        encode_once(model, records, tmp_path, rank, 2)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.frames"))
+    encode_once(model, records, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.frames")) == size  # all were there
+    caches = open_caches(model, tmp_path)
+    dataset.hear, dataset.speak, model.encoder = caches.hear, caches.speak, CachedEncoder(caches.frames, torch.float32)
+    example = dataset[0]
+    assert example["voice"].dtype == torch.int16 and example["heard"].shape == (7, 4 * 5, model.config.encoder_size)
+    again = model(**collate([example, dataset[1]], model.tokens.pad)).loss
+    torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
+    with pytest.raises(InputError, match="the encoder is trained; wanted a frozen one"):
+        encode_once(build(studio, "direct", freeze_params=["^llm"]), records, tmp_path)
 
 
 def test_what_cannot_go_together_is_told(studio, tmp_path):
