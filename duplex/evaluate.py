@@ -71,7 +71,7 @@ def evaluate(model: DuplexModel, records, recognizer: SpeechLLM | None, folder: 
         "interruptions": len(obeyed),
         "real_time_factor": elapsed / seconds,
     }
-    if recognizer:
+    if recognizer and voices:
         wanted, *recordings = zip(*voices, strict=True)
         for name, clips in zip(("reply", "codec"), recordings, strict=True):
             transcripts = iter(recognizer.transcribe([clip for clip in clips if len(clip)]))
