@@ -31,7 +31,14 @@ AGENT = ("en-us+f2", 200, 50, 0, 1.0)  # voice, words a minute, pitch, its range
 KINDS = ("direct", "decoder")
 ROOT = Path(__file__).parent.parent
 MODEL = {"projector_stride": 4, "projector_hidden_size": 512, "freeze_params": [r"^encoder\."]}  # the LLM is trained
-MODEL |= {"chunk": 4, "context": 10, "lookahead": 2, "speech_decoder_size": 128, "speech_decoder_layers": 2}
+MODEL |= {
+    "chunk": 4,
+    "context": 10,
+    "lookahead": 2,
+    "speech_decoder_size": 128,
+    "speech_decoder_layers": 2,
+    "speech_decoder_dropout": 0.0,
+}
 TRAINING = {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
 TRAINING |= {"warmup_steps": 0.05, "adam_beta2": 0.98, "logging_steps": 25, "save_strategy": "no", "report_to": "none"}
 
