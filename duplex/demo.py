@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from dataset import load_audio, open_records
 from demo.data import ACCENTS, KNOWN_VOICES, WORDS, synthesize
 from demo.stages import CORES, say
 from duplex.codecs import MelCodec
-from duplex.data import open_conversations
+from duplex.data import HOP, open_conversations
 from duplex.evaluate import evaluate
 from duplex.model import DuplexConfig, DuplexModel
 from duplex.simulate import write_conversations
@@ -50,7 +51,7 @@ class Settings:
     test_conversations: int = 60
     num_codebooks: int = 4
     codebook_size: int = 128
-    steps: int = 700
+    steps: int = 900
     seed: int = 0
 
 
@@ -93,7 +94,7 @@ def make_conversations(folder: Path, settings: Settings) -> None:
 
 def learn_codec(folder: Path, settings: Settings) -> None:
     paths = sorted({row["wav"] for row in map(json.loads, (folder / "train_answers.jsonl").read_text().splitlines())})
-    clips = [torch.from_numpy(load_audio(folder / path)) for path in paths]
+    clips = [F.pad(torch.from_numpy(load_audio(folder / path)), (HOP, HOP)) for path in paths]  # with silence
     codec = MelCodec.learn(clips, settings.num_codebooks, settings.codebook_size, settings.seed)
     codec.save(folder / "codec.safetensors")
 
