@@ -97,7 +97,7 @@ def speaking_frames(model: DuplexModel, ids: Tensor) -> list[bool]:
 
 
 def cut(samples: np.ndarray, start: int, end: int) -> np.ndarray:
-    """What is heard between two frames, nothing if nothing is. 80 ms of silence more make the demo's recogniser fail."""
+    """What is heard between two frames, nothing if nothing is. 80 ms more of silence make the recogniser fail."""
     samples = samples[start * HOP : end * HOP]
     loud = np.flatnonzero(np.abs(samples) > 0.05)
     return samples[max(loud[0] - 500, 0) : loud[-1] + 500] if len(loud) else samples[:0]
