@@ -1,15 +1,19 @@
 # make demo          the whole job on a laptop: synthesise, train, recognise, score; nothing downloaded but packages
 # make demo QUICK=1  the same in a minute or two, with no claim on the figures
+# make demo-duplex   after it: a model that listens and speaks at the same time; QUICK=1 as above
 # make test          tests and lint
 # make ... NO_GPU=1  without triton, which openai-whisper brings: 1 GB that only a GPU needs
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test format
+.PHONY: demo demo-duplex test format
 
 demo: $(VENV)/installed
 	python -m demo $(if $(QUICK),--quick)
+
+demo-duplex: $(VENV)/installed
+	python -m duplex $(if $(QUICK),--quick)
 
 test: $(VENV)/installed-extra
 	ruff check . && ruff format --check .

@@ -466,14 +466,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
 
 
-def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments) -> SpeechLLM:
+def load_model(
+    config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, model_class: type[SpeechLLM] = SpeechLLM
+) -> SpeechLLM:
     """The model to train. Raises InputError if nothing of it would be."""
     place = {"device": args.device}
     if args.engine:
         import engines  # an option
 
         place = engines.prepare(args)  # before any weight is loaded
-    model = SpeechLLM.from_config(config, **place)
+    model = model_class.from_config(config, **place)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing to train: every parameter matches --freeze_params")
     if any(p.requires_grad and ".lora_" not in name for name, p in model.encoder.named_parameters()):

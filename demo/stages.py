@@ -15,10 +15,12 @@ from torch import Tensor
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 STAGES = ("data", "llm", "encoder", "projector", "tests")
+DUPLEX_STAGES = ("speech", "codec", "frames", "models", "answers")  # of python -m duplex
 
 
 def say(stage: str, text: str) -> None:
-    print(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {text}", flush=True)
+    stages = STAGES if stage in STAGES else DUPLEX_STAGES
+    print(f"[{stages.index(stage) + 1}/{len(stages)}] {stage}: {text}", flush=True)
 
 
 class Stage:
