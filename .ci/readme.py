@@ -42,7 +42,7 @@ SERVER = multiprocessing.get_context("forkserver")
 PROGRAMS = ("demo", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
 SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False"
 TINY = f"{SHORT} --gradient_accumulation_steps 1 --dataloader_num_workers 0"
-SMALLEST = "--llm nano --batch_size 1 --steps 1 --decode_batches 1 --repeats 1"
+SMALLEST = "--llm nano --batch_size 1 --steps 1 --repeats 1"
 NAMES = {
     # On one process, to save half a minute: README.md has ZeRO-3.
     r"torchrun --standalone --nproc_per_node=8 (train\.py recipes/(librispeech|aishell)/train\.yaml) --deepspeed \S+": (

@@ -27,7 +27,7 @@ from errors import InputError
 from model import SpeechLLM
 
 REQUESTS = ("please GIVE COUNT THINGS", "WHO DID COUNT THINGS")
-ANSWER = "my sister brought COUNT THINGS"  # a whole sentence of the grammar: the recogniser guesses at parts of one
+ANSWER = "the COUNT THINGS"  # with whole sentences ("my sister brought ...") 420 steps gave 1 % of the texts
 AGENT = ("en-us+f2", 200, 50, 0, 1.0)  # voice, words a minute, pitch, its range, speed: as predictable as can be
 KINDS = ("direct", "decoder")
 ROOT = Path(__file__).parent.parent
