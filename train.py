@@ -466,9 +466,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
 
 
-def load_model(
-    config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, model_class: type[SpeechLLM] = SpeechLLM
-) -> SpeechLLM:
+def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, model_class=SpeechLLM) -> SpeechLLM:
     """The model to train. Raises InputError if nothing of it would be."""
     place = {"device": args.device}
     if args.engine:
