@@ -98,6 +98,27 @@ def audio_seconds(record: dict) -> float:
     return total
 
 
+def known_durations(records: Records, indices: np.ndarray | None = None) -> tuple[np.ndarray, dict[int, str]]:
+    """Seconds of all records, or of those at `indices`, from headers where they do not state them.
+
+    NaN where a header cannot be read, and why, by the index of the record.
+    """
+    indices = np.arange(len(records)) if indices is None else indices
+    durations, problems = np.array(records.durations[indices], dtype=float), {}  # a copy
+
+    def read_headers(places: np.ndarray) -> None:
+        for place in places.tolist():
+            record = records[int(indices[place])]
+            try:
+                durations[place] = audio_seconds(record)
+            except BadUtterance as error:
+                problems[int(indices[place])] = f"{record['where']}: {error}"
+
+    with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
+        list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
+    return durations, problems
+
+
 @contextmanager
 def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
     """The file of a clip. Raises BadUtterance if it is missing, unreadable, or ends before its header says."""
@@ -218,25 +239,18 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.seconds = self.durations[self.indices] if left_out else self.durations  # by position
 
     def measure(self) -> tuple[np.ndarray, dict[int, str]]:
-        """Seconds of every record, from headers where it does not state them; and what is wrong, by index."""
-        durations, bad = np.array(self.records.durations, dtype=float), {}  # a copy
-
-        def read_headers(indices: np.ndarray) -> None:
-            for index in indices.tolist():
-                record = self.records[index]
-                try:
-                    durations[index] = audio_seconds(record)  # from headers alone
-                except BadUtterance as error:
-                    bad[index] = f"{record['where']}: {error}"
-
-        with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
-            list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
+        """Seconds of every record, 0 where nobody knows; and what is wrong, by index."""
+        durations, bad = known_durations(self.records)
         for index in np.flatnonzero(durations > self.limit).tolist():
             bad[index] = f"{self.records[index]['where']}: {TOO_LONG.format(durations[index], self.max_seconds)}"
-        return np.nan_to_num(durations), bad  # what cannot be read lasts 0 s
+        return np.nan_to_num(durations), bad
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __str__(self) -> str:
+        size = f"{len(self):,} utterances, {self.seconds.sum() / 3600:.2f} hours" if len(self) else "a stream"
+        return f"{size}, fingerprint {self.records.fingerprint()}"
 
     def __getitem__(self, position: int | tuple[int, int]) -> dict:
         epoch, position = position if isinstance(position, tuple) else (0, position)  # a sampler's tuples

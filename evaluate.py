@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +38,19 @@ class Evaluation:
         return {name: round(value, 4) for name, value in self.metrics.items()} | interval
 
 
+class Utterance(NamedTuple):
+    loss: float  # summed over its tokens
+    loss_of_other: float  # with another clip's audio
+    num_tokens: int
+    text: str
+    bad: str | None  # why it could not be read
+
+
 def collate_with_prompts(examples: list[dict]) -> tuple[dict, dict]:
     """The batch with transcripts, for the loss, and the one without, for decoding."""
     return collate(examples), collate(examples, with_targets=False)
 
 
-@torch.no_grad()
 def evaluate(
     model: "SpeechLLM", dataset: SpeechDataset, args: TrainingArguments, metric: str = "auto", title: str = "evaluation"
 ) -> Evaluation:
@@ -59,40 +66,46 @@ def evaluate(
     share = -(-len(dataset) // num_shares)  # utterances a process
     positions = [(number + i * num_shares) % len(dataset) for i in range(share)]
     positions.sort(key=lambda position: -dataset.seconds[position])  # similar lengths in a batch
-    options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
-    losses, losses_of_others, tokens, texts, bad = {}, {}, {}, {}, {}  # of each utterance, by index
+    utterances: dict[int, Utterance] = {}  # by index
+    for part in gather_object([evaluate_share(model, dataset, positions, args)]):
+        utterances |= part  # one that came twice counts once
+    good = {index: utterances[index] for index in sorted(utterances) if not utterances[index].bad}
+    bad = {utterance.bad for utterance in utterances.values() if utterance.bad}  # reasons
+    if not good:
+        raise InputError(f"every evaluation utterance is bad; the first: {min(bad)}")
+    references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [u.text for u in good.values()]
+    result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
+    interval = rate_interval(result.lines, NUM_RESAMPLES)
+    loss, loss_of_others, num_tokens = (sum(column) for column in list(zip(*good.values(), strict=True))[:3])
+    metrics = {"loss": loss / num_tokens, result.metric: result.all.rate}
+    if len(good) > 1:  # one clip alone has no other
+        metrics["listening_gap"] = (loss_of_others - loss) / num_tokens
+    if args.process_index == 0:
+        print_figures(title, metrics, result.metric, interval, references, hypotheses)
+    return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), bad, interval)
+
+
+@torch.no_grad()
+def evaluate_share(
+    model: "SpeechLLM", dataset: SpeechDataset, positions: list[int], args: TrainingArguments
+) -> dict[int, Utterance]:
+    """The utterances at some positions of the dataset, by the index of their records."""
+    utterances, options = {}, {"num_workers": args.dataloader_num_workers, "collate_fn": collate_with_prompts}
     with model.in_eval_mode():
         others = embeds_of_longest(model, dataset)
         for batch, prompts in DataLoader(dataset, args.per_device_eval_batch_size, sampler=positions, **options):
             tensors = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
             speech_embeds = model.embed_batch(batch)  # (sum of N, H), once for both losses and decoding
-            wrong_embeds = embeds_of_another(batch, others, speech_embeds)
-            for sums, embeds in ((losses, speech_embeds), (losses_of_others, wrong_embeds)):
+            losses = []  # with the right audio, and with another clip's
+            for embeds in (speech_embeds, embeds_of_another(batch, others, speech_embeds)):
                 logits = model(**tensors, speech_embeds=embeds).logits  # (B, K, V)
-                loss = F.cross_entropy(logits.transpose(1, 2), tensors["labels"], reduction="none").sum(1)  # (B,)
-                sums |= dict(zip(batch["index"], loss.tolist(), strict=True))
-            tokens |= dict(zip(batch["index"], (batch["labels"] != IGNORE).sum(1).tolist(), strict=True))
-            bad |= {index: reason for index, reason in zip(batch["index"], batch["bad"], strict=True) if reason}
-            for hypothesis in model.decode_batch(prompts, dataset, DecodingOptions(num_beams=1), speech_embeds):
-                texts[hypothesis.index] = hypothesis.text
-    figures = (losses, losses_of_others, tokens, texts, bad)
-    for part in gather_object([figures]):
-        for values, values_there in zip(figures, part, strict=True):
-            values.update(values_there)  # an utterance that came twice counts once
-    good = sorted(losses.keys() - bad.keys())  # indices, in the order of the records
-    if not good:
-        raise InputError(f"every evaluation utterance is bad; the first: {min(bad.values())}")
-    references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [texts[index] for index in good]
-    result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
-    interval = rate_interval(result.lines, NUM_RESAMPLES)
-    num_tokens = sum(tokens[index] for index in good)
-    loss, loss_of_others = (sum(sums[index] for index in good) / num_tokens for sums in (losses, losses_of_others))
-    metrics = {"loss": loss, result.metric: result.all.rate}
-    if others[1:]:  # one clip alone has no other
-        metrics["listening_gap"] = loss_of_others - loss
-    if args.process_index == 0:
-        print_figures(title, metrics, result.metric, interval, references, hypotheses)
-    return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), set(bad.values()), interval)
+                loss = F.cross_entropy(logits.transpose(1, 2), tensors["labels"], reduction="none")  # (B, K)
+                losses.append(loss.sum(1).tolist())  # (B,)
+            num_tokens = (batch["labels"] != IGNORE).sum(1).tolist()
+            hypotheses = model.decode_batch(prompts, dataset, DecodingOptions(num_beams=1), speech_embeds)
+            rows = zip(*losses, num_tokens, [hypothesis.text for hypothesis in hypotheses], batch["bad"], strict=True)
+            utterances |= dict(zip(batch["index"], map(Utterance._make, rows), strict=True))
+    return utterances
 
 
 def embeds_of_longest(model: "SpeechLLM", dataset: SpeechDataset) -> list[tuple[int, Tensor]]:

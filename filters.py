@@ -6,20 +6,18 @@ is measured by the header of its file; one that cannot be read stays, so that --
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from dataset import audio_seconds
-from errors import BadUtterance, InputError, as_input_error
+from dataset import known_durations
+from errors import InputError, as_input_error
 from manifest import Records, transcript_of
 from mixture import Mixture, say
+from sources import Subset
 
 if TYPE_CHECKING:
     from model import ModelArguments
@@ -45,27 +43,6 @@ class Limits:
 RULES = ["none", *(field.name for field in fields(Limits))]
 
 
-class Subset(Sequence):
-    """Some records of others, in their order: those at `indices`, with their durations."""
-
-    def __init__(self, records: Records, indices: np.ndarray, durations: np.ndarray):
-        self.records, self.indices, self.durations = records, indices, durations
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.records[int(self.indices[index])]
-
-    def fingerprint(self, count: int | None = None) -> str:
-        """Of the records up to the last of these, and which of them these are: so records may come behind them."""
-        indices = self.indices[:count]
-        last = int(indices[-1]) + 1 if len(indices) else 0
-        return sha256(self.records.fingerprint(last).encode() + indices.astype("<i8").tobytes()).hexdigest()
-
-
 def keep(records: Records, limits: Sequence[float], config: "ModelArguments") -> tuple[Records, str]:
     """The records within the values of Limits, in tokens of the LLM; and what each rule left out, printed, too.
 
@@ -77,7 +54,7 @@ def keep(records: Records, limits: Sequence[float], config: "ModelArguments") ->
             tokenizer = AutoTokenizer.from_pretrained(llm, revision=config.llm_revision, trust_remote_code=False)
         encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
     parts = records.parts if isinstance(records, Mixture) else [records]
-    durations = [known_durations(part) for part in parts]
+    durations = [known_durations(part)[0] for part in parts]
     rules = [broken_rules(part, seconds, limits, encode) for part, seconds in zip(parts, durations, strict=True)]
     # The tokenizer has used its threads. It would warn of them in each data-loading process that is forked from here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -107,20 +84,6 @@ def counts(limits: Limits, rules: np.ndarray, durations: np.ndarray) -> str:
             seconds = durations[rules == RULES.index(name)]
             texts.append(f"--{name} {limit:g}: {len(seconds):,} records, {np.nansum(seconds) / 3600:.2f} hours")
     return "; ".join(texts)
-
-
-def known_durations(records: Records, indices: np.ndarray | None = None) -> np.ndarray:
-    """Seconds of all records, or of those at `indices`, from headers where nobody states them; NaN if unreadable."""
-    indices = np.arange(len(records)) if indices is None else indices
-    durations = np.array(records.durations[indices], dtype=float)  # a copy
-
-    def read_header(place: int) -> None:
-        with suppress(BadUtterance):
-            durations[place] = audio_seconds(records[int(indices[place])])
-
-    with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
-        list(pool.map(read_header, np.flatnonzero(np.isnan(durations)).tolist()))
-    return durations
 
 
 def broken_rules(records: Records, durations: np.ndarray, limits: Limits, encode: Callable | None) -> np.ndarray:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset import load_audio
+from dataset import known_durations, load_audio
 from errors import InputError
-from filters import known_durations
 from manifest import SAMPLE_RATE, Records
 from mixture import Mixture, say
 from sources import audio_files
@@ -122,7 +121,7 @@ def add(records: Records, data: "DataArguments", seed: int) -> Mixture:
         raise InputError(f"--no_speech_share {share}: wanted a share of an epoch, from 0 to below 1")
     lengths = records.durations
     if np.isnan(lengths).all():
-        lengths = known_durations(records, np.arange(0, len(records), -(-len(records) // MOST_HEADERS)))
+        lengths, _ = known_durations(records, np.arange(0, len(records), -(-len(records) // MOST_HEADERS)))
     lengths = lengths[(lengths > 0) & (lengths <= (data.max_seconds or np.inf))]  # NaN is neither
     if not len(lengths):
         raise InputError(f"--no_speech_share {share}: no record has a known length; wanted audio that can be read")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from transformers import TrainingArguments
 
 from errors import InputError, as_input_error
 from manifest import Records
@@ -15,6 +16,12 @@ from mixture import Mixture
 DATA_CLASSES = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct"}  # random states
 DATA_CLASSES |= {f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")}
 DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"}
+
+
+def find(args: TrainingArguments, settings: dict, records: Records) -> tuple[str | None, list[str]]:
+    """The checkpoint that a run goes on from, and what it does otherwise, to be told; (None, []) for a new run."""
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    return checkpoint, compare_settings(checkpoint, settings, records) if checkpoint else []
 
 
 def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:

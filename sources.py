@@ -166,35 +166,43 @@ def open_source(source: str, needs_text: bool, data_amount: str = "", **options:
     if unknown := sorted(options.keys() - set(signature(read).parameters)):
         raise InputError(f"--{unknown[0]}: {kind} has no use for it; wanted a --data_path hf:PLACE with it")
     records = read(place, needs_text, **options)
-    return Part(records, data_amount) if data_amount else records
+    return stretch(records, data_amount) if data_amount else records
 
 
-class Part(Sequence):
-    """A stretch of records, START:END as of a list; a number with % is a share of them all. Raises InputError."""
+def stretch(records: Records, amount: str) -> "Subset":
+    """The records START:END as of a list; a number with % is a share of them all. Raises InputError."""
+    if not (match := re.fullmatch(r"(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?", amount)):
+        raise InputError(f"--data_amount {amount}: wanted a stretch, such as :1000 or :10% or 10%:")
+    start, start_percent, end, end_percent = match.groups()
 
-    def __init__(self, records: Records, amount: str):
-        if not (match := re.fullmatch(r"(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?", amount)):
-            raise InputError(f"--data_amount {amount}: wanted a stretch, such as :1000 or :10% or 10%:")
-        start, start_percent, end, end_percent = match.groups()
+    def position(number: str | None, percent: str | None) -> int | None:
+        if number is None:  # from the first, or to the last
+            return None
+        return round(int(number) * len(records) / 100) if percent else int(number)
 
-        def position(number: str | None, percent: str | None) -> int | None:
-            if number is None:  # from the first, or to the last
-                return None
-            return round(int(number) * len(records) / 100) if percent else int(number)
+    indices = np.arange(len(records))[position(start, start_percent) : position(end, end_percent)]
+    if not len(indices):
+        raise InputError(f"--data_amount {amount}: leaves none of {len(records):,} records")
+    return Subset(records, indices, records.durations[indices])
 
-        part = slice(position(start, start_percent), position(end, end_percent))
-        self.records, self.indices, self.durations = records, range(len(records))[part], records.durations[part]
-        if not self.indices:
-            raise InputError(f"--data_amount {amount}: leaves none of {len(records):,} records")
+
+class Subset(Sequence):
+    """Some records of others, in their order: those at `indices`, with their durations."""
+
+    def __init__(self, records: Records, indices: np.ndarray, durations: np.ndarray):
+        self.records, self.indices, self.durations = records, indices, durations
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        return self.records[self.indices[index]]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.records[int(self.indices[index])]
 
     def fingerprint(self, count: int | None = None) -> str:
-        """That of all records up to the last; so that one which begins with the first is that of a shorter source."""
-        start, end = self.indices.start, self.indices[:count].stop
-        digest = self.records.fingerprint(end)
-        return sha256(f"{start} {digest}".encode()).hexdigest() if start else digest
+        """That of the records up to the last of these, and which of them are left out: so more may come behind them."""
+        indices = self.indices[:count]
+        size = int(indices[-1]) + 1 if len(indices) else 0
+        digest, left_out = self.records.fingerprint(size), np.delete(np.arange(size), indices)
+        return sha256(digest.encode() + left_out.astype("<i8").tobytes()).hexdigest() if len(left_out) else digest

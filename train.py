@@ -293,6 +293,11 @@ class SaveOnSigterm(TrainerCallback):
         if self.accelerator.check_trigger():  # on all processes, whichever got the signal
             self.was_sent = control.should_save = control.should_training_stop = True
 
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no step comes any more that could heed it
+        if self.was_sent:
+            raise InputError(f"SIGTERM: step {state.global_step} is saved; the same command goes on from it")
+
 
 class ShowLoss(ProgressCallback):
     """Trainer's progress bar, with the time to the end, and the loss of every step on this process."""
@@ -368,72 +373,36 @@ def num_weights(p: torch.nn.Parameter) -> int:
     return p.quant_state.shape.numel() if hasattr(p, "quant_state") and p.quant_state else p.numel()
 
 
+# From the flags to a trained model, in this order
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config, data, args = parse(argv)
     set_seed(args.seed)  # the new weights of the projector
-    sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
-    sources["tested on"] = data.eval_data_path if data.select_on else None
-    records = {}  # wrong input is reported before the model is loaded
-    if data.streaming:
-        import streams  # an option
-
-        records["trained on"], sources["trained on"] = streams.open_training_data(data, args), None
-    for use, source in sources.items():
-        if source is not None:
-            options = source_options(data, is_evaluation_of=None if use == "trained on" else source)
-            records[use] = open_records(source, may_weigh=use == "trained on", **options)
-    facts = {}  # for config.json and experiment.md
-    if any(limits := [data.min_seconds, data.min_tokens, data.max_tokens, data.max_characters_per_second]):
-        import filters  # an option
-
-        records["trained on"], facts["left out"] = filters.keep(records["trained on"], limits, config)
-    if data.overfit:
-        import overfit  # an option
-
-        records["trained on"] = records["evaluated on"] = overfit.prepare(records, data, args)
+    records, facts = open_data(config, data, args)  # wrong input is reported before the model is loaded
     settings = settings_of(config, data, args, records["trained on"])
     checkpoint, differences = None, []
     if args.resume_from_checkpoint or list(Path(args.output_dir).glob("checkpoint-[0-9]*")):
         import resume  # an option
 
-        checkpoint = resume.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        checkpoint, differences = resume.find(args, settings, records["trained on"])
     if checkpoint:
-        differences = resume.compare_settings(checkpoint, settings, records["trained on"])
         before = load_config(Path(checkpoint))  # knows the commits of the parts, and an evaluation
         for name in ("encoder_revision", "llm_revision", "training"):
             setattr(config, name, getattr(before, name))
-    if data.no_speech_share:
-        import no_speech  # an option
-
-        records["trained on"] = no_speech.add(records["trained on"], data, args.seed)
     model = load_model(config, data, args)
-
-    options = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
-    options |= {"on_bad": data.on_bad_audio, "seed": args.seed, "train_on_turns": data.train_on_turns}
-    datasets = {use: model.make_dataset(part, **options) for use, part in records.items()}
-    if data.augment:
-        from augment import Chain  # an option
-
-        datasets["trained on"].augment = Chain(data.augment)
-    if data.encoder_cache:
-        import frame_cache  # an option
-
-        frame_cache.use(model, datasets, data, args)
-    for use, part in datasets.items():
-        size = f"{len(part):,} utterances, {part.seconds.sum() / 3600:.2f} hours" if len(part) else "a stream"
-        facts[use] = f"{' '.join(sources[use] or data.data_path)}: {size}, fingerprint {part.records.fingerprint()}"
+    datasets = make_datasets(model, records, data, args)
+    facts |= {use: f"{facts[use]}: {dataset}" for use, dataset in datasets.items()}
     if (data.save_best_by or args.load_best_model_at_end) and args.eval_strategy != "no":
         facts["chosen on"] = records["evaluated on"].fingerprint()  # an error rate on these is no test
     model.config.training = (model.config.training or {}) | facts
-
     trainer = make_trainer(model, data, args, settings, datasets)
     if data.check:
         import inspect_batch  # an option
 
         return inspect_batch.show(trainer, data.check)
-    sigterm = SaveOnSigterm(trainer.accelerator)
-    trainer.add_callback(sigterm)
+    trainer.add_callback(SaveOnSigterm(trainer.accelerator))
     if checkpoint:
         trainer.skipped = set(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():
@@ -442,28 +411,34 @@ def main(argv: list[str] | None = None) -> None:
             print(f"going on from {checkpoint}", *differences, sep="\n  ")
         record_start(argv, f"goes on from {checkpoint}" if checkpoint else "starts", model, args, facts)
     trainer.train(resume_from_checkpoint=checkpoint)  # None = from the start
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no step comes any more that could heed it
-    if sigterm.was_sent:
-        raise InputError(f"SIGTERM: step {trainer.state.global_step} is saved; the same command goes on from it")
+    finish(trainer, datasets, checkpoint)
 
-    if best := args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        model.config.training = load_config(Path(best)).training  # of the weights that are there now
+
+def open_data(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments) -> tuple[dict[str, Records], dict]:
+    """Records by their use; and facts about them, for config.json and experiment.md."""
+    evaluation = {"evaluated on": data.select_on or data.eval_data_path}
+    evaluation |= {"tested on": data.eval_data_path} if data.select_on else {}
+    if data.streaming:
+        import streams  # an option
+
+        records = {"trained on": streams.open_training_data(data, args)}
     else:
-        model.config.training["steps"] = trainer.state.global_step
-        model.config.training.pop("chosen on", None)  # the last weights were not chosen
-    if "tested on" in datasets or ("evaluated on" in datasets and args.eval_strategy == "no"):
-        trainer.save_model(_internal_call=True)  # first, because the evaluation may raise
-        trainer.evaluate(datasets.get("tested on"), metric_key_prefix="test" if "tested on" in datasets else "eval")
-    if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
-        raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
-    trainer.skipped |= {reason for part in datasets.values() for reason in part.bad.values()}
-    trainer.save_model()  # into output_dir itself
-    trainer.save_state()  # with the log of all steps and evaluations, for tools/plot.py
-    skipped = sorted(trainer.on_all_processes(trainer.skipped))
-    if trainer.is_world_process_zero():
-        append_record(args.output_dir, "is done", model.config.training | {"skipped": len(skipped)})
-    if skipped and trainer.is_world_process_zero():
-        print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
+        records = {"trained on": open_records(data.data_path, may_weigh=True, **source_options(data))}
+    facts = {"trained on": " ".join(data.data_path)}
+    for use, source in evaluation.items():
+        if source is not None:
+            records[use] = open_records(source, **source_options(data, is_evaluation_of=source))
+            facts[use] = " ".join(source)
+    if any(limits := [data.min_seconds, data.min_tokens, data.max_tokens, data.max_characters_per_second]):
+        import filters  # an option
+
+        records["trained on"], facts["left out"] = filters.keep(records["trained on"], limits, config)
+    if data.overfit:
+        import overfit  # an option
+
+        records["trained on"] = records["evaluated on"] = overfit.prepare(records, data, args)
+        facts["evaluated on"] = facts["trained on"]
+    return records, facts
 
 
 def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, model_class=SpeechLLM) -> SpeechLLM:
@@ -481,6 +456,28 @@ def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArgument
     if data.projector_model_path:
         model.load_trained(data.projector_model_path, only="projector")  # LoRA may start new beside it
     return model
+
+
+def make_datasets(
+    model: SpeechLLM, records: dict[str, Records], data: DataArguments, args: TrainArguments
+) -> dict[str, SpeechDataset]:
+    """Datasets by their use; what is trained on may have clips without speech, augmentations, frames from a cache."""
+    if data.no_speech_share:
+        import no_speech  # an option
+
+        records = records | {"trained on": no_speech.add(records["trained on"], data, args.seed)}
+    options = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
+    options |= {"on_bad": data.on_bad_audio, "seed": args.seed, "train_on_turns": data.train_on_turns}
+    datasets = {use: model.make_dataset(part, **options) for use, part in records.items()}
+    if data.augment:
+        from augment import Chain  # an option
+
+        datasets["trained on"].augment = Chain(data.augment)
+    if data.encoder_cache:
+        import frame_cache  # an option
+
+        frame_cache.use(model, datasets, data, args)
+    return datasets
 
 
 def make_trainer(
@@ -523,6 +520,29 @@ def make_trainer(
         trainer.meters = Meters(dataset.durations, args.world_size // trainer.get_tp_size())
         trainer.add_callback(trainer.meters)
     return trainer
+
+
+def finish(trainer: SpeechTrainer, datasets: dict[str, SpeechDataset], checkpoint: str | None) -> None:
+    """Evaluate what waited for the end, save the weights, and report what was skipped."""
+    model, args = trainer.model, trainer.args
+    if best := args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        model.config.training = load_config(Path(best)).training  # of the weights that are there now
+    else:
+        model.config.training["steps"] = trainer.state.global_step
+        model.config.training.pop("chosen on", None)  # the last weights were not chosen
+    if "tested on" in datasets or ("evaluated on" in datasets and args.eval_strategy == "no"):
+        trainer.save_model(_internal_call=True)  # first, because the evaluation may raise
+        trainer.evaluate(datasets.get("tested on"), metric_key_prefix="test" if "tested on" in datasets else "eval")
+    if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
+        raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
+    trainer.skipped |= {reason for part in datasets.values() for reason in part.bad.values()}
+    trainer.save_model()  # into output_dir itself
+    trainer.save_state()  # with the log of all steps and evaluations, for tools/plot.py
+    skipped = sorted(trainer.on_all_processes(trainer.skipped))
+    if trainer.is_world_process_zero():
+        append_record(args.output_dir, "is done", model.config.training | {"skipped": len(skipped)})
+        if skipped:
+            print(f"skipped {len(skipped)} bad utterances:", *skipped, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

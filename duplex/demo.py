@@ -27,7 +27,7 @@ from errors import InputError
 from model import SpeechLLM
 
 REQUESTS = ("please GIVE COUNT THINGS", "WHO DID COUNT THINGS")
-ANSWER = "the COUNT THINGS"  # with whole sentences ("my sister brought ...") 420 steps gave 1 % of the texts
+ANSWER = "her uncle sold COUNT THINGS"  # a sentence of the demo: of three words alone its recogniser makes what it knows
 AGENT = ("en-us+f2", 200, 50, 0, 1.0)  # voice, words a minute, pitch, its range, speed: as predictable as can be
 KINDS = ("direct", "decoder")
 ROOT = Path(__file__).parent.parent

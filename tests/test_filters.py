@@ -12,10 +12,10 @@ from runs import error_of, good
 import train
 from dataset import open_records
 from errors import InputError
-from filters import Limits, Subset, broken_rules, keep
+from filters import Limits, broken_rules, keep
 from mixture import Mixture
 from model import SpeechLLMConfig
-from sources import RecordList
+from sources import RecordList, Subset
 
 
 @pytest.fixture(scope="module")
