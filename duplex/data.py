@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import soxr
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dataset import load_audio
+from dataset import IGNORE, load_audio
 from errors import BadUtterance, InputError
 from manifest import SAMPLE_RATE
 from sources import RecordList
@@ -174,9 +175,11 @@ def load_channels(record: dict) -> tuple[np.ndarray, list[str]]:
 def collate(examples: list[dict], pad: int) -> dict:
     """One batch, padded on the right: text_ids (B, T), num_frames (B,), voice (B, A) or (B, T, K), heard (of all W)."""
     ids = [example["text_ids"] for example in examples]
+    counted = [F.pad(torch.ones(len(row) - 1, dtype=torch.long), (1, 0), value=IGNORE) for row in ids]
     return {
         "heard": torch.cat([example["heard"] for example in examples]),  # windows, conversation by conversation
         "text_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "labels": pad_sequence(counted, batch_first=True, padding_value=IGNORE),  # for Trainer, which counts these
         "num_frames": torch.tensor([len(row) for row in ids]),
         "voice": pad_sequence([example["voice"] for example in examples], batch_first=True),
         "index": [example["index"] for example in examples],

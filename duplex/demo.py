@@ -27,7 +27,9 @@ from errors import InputError
 from model import SpeechLLM
 
 REQUESTS = ("please GIVE COUNT THINGS", "WHO DID COUNT THINGS")
-ANSWER = "her uncle sold COUNT THINGS"  # a sentence of the demo: of three words alone its recogniser makes what it knows
+ANSWER = (
+    "her uncle sold COUNT THINGS"  # a sentence of the demo's: its recogniser turns three words into one
+)
 AGENT = ("en-us+f2", 200, 50, 0, 1.0)  # voice, words a minute, pitch, its range, speed: as predictable as can be
 KINDS = ("direct", "decoder")
 ROOT = Path(__file__).parent.parent

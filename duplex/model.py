@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 
 from duplex.codecs import load_codec
@@ -99,7 +100,12 @@ class DuplexModel(SpeechLLM):
         self.register_buffer("offsets", torch.arange(self.codec.num_codebooks) * (self.size + 3), persistent=False)
         if config.kind == "direct":
             self.code_embeds, self.audio_head = nn.Embedding(num_codes, width), nn.Linear(width, num_codes)
-            nn.init.normal_(self.code_embeds.weight, std=llm.get_input_embeddings().weight.std().item() / 2)
+            text = llm.get_input_embeddings().weight
+            if is_deepspeed_zero3_enabled():
+                import zero3  # an option
+
+                text = zero3.gather({"": text.requires_grad_(False)})[""]  # apply_freezing follows
+            nn.init.normal_(self.code_embeds.weight, std=text.std().item() / 2)
         else:
             self.speech_decoder = SpeechDecoder(config, width, num_codes)
         self.apply_freezing()
@@ -154,8 +160,9 @@ class DuplexModel(SpeechLLM):
     # Training
 
     def forward(self, heard, text_ids, num_frames, voice, num_items_in_batch=None, **kwargs) -> CausalLMOutput:
-        """The loss of a batch of `collate`; a mean over frames, of all conversations in the batch alike.
+        """The loss of a batch of `collate`; a mean over frames, of all conversations alike.
 
+        The frames are those of the optimiser's step on all devices, num_items_in_batch, or, if None, of this batch.
         `logits` are a dict of the losses of text and audio. Frames behind a conversation's end do not count.
         """
         codes = self.codes_of(voice, text_ids)  # (B, T, K)
@@ -171,9 +178,11 @@ class DuplexModel(SpeechLLM):
             code_logits, _ = self.speech_decoder(states.float(), before[:, :-2] + self.offsets, is_blind)
         text_logits = self.llm.get_output_embeddings()(states).float()
         is_counted = torch.arange(1, text_ids.shape[1], device=text_ids.device) < num_frames[:, None]  # (B, T - 1)
-        text_loss = F.cross_entropy(text_logits[is_counted], text_ids[:, 1:][is_counted])  # means over frames
+        total = is_counted.sum() if num_items_in_batch is None else num_items_in_batch  # frames
+        text_loss = F.cross_entropy(text_logits[is_counted], text_ids[:, 1:][is_counted], reduction="sum") / total
         code_logits = code_logits.unflatten(2, (-1, self.size + 3))[is_counted]  # (frames, K, V + 3)
-        audio_loss = F.cross_entropy(code_logits.flatten(0, 1), before[:, 1:-1][is_counted].flatten())
+        targets = before[:, 1:-1][is_counted]  # (frames, K)
+        audio_loss = F.cross_entropy(code_logits.mT, targets, reduction="sum") / (total * targets.shape[1])
         loss = self.config.text_loss_weight * text_loss + self.config.audio_loss_weight * audio_loss
         return CausalLMOutput(loss=loss, logits={"text_loss": text_loss.detach(), "audio_loss": audio_loss.detach()})
 

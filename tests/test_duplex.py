@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import make_llm, make_tokenizer, make_whisper, noise, write_manifest
+from conftest import ROOT, make_llm, make_tokenizer, make_whisper, noise, write_manifest
+from runs import assert_same, losses, weights
 from torch.nn.utils.rnn import pad_sequence
 
 import duplex.simulate
@@ -328,6 +329,23 @@ def test_simulated_conversations_have_the_words_where_their_turns_say(tmp_path):
 
 
 # The commands
+
+
+@KINDS
+def test_zero3_on_two_processes_trains_what_one_process_does(studio, launch, tmp_path, kind):
+    parts = f"--encoder_name_or_path {studio}/whisper.pt --llm_model_name_or_path {studio}/llm --kind {kind}"
+    parts += f" --codec {studio}/codec.safetensors --projector_stride 4 --projector_hidden_size 32 --text_pad </s>"
+    parts += " --speech_decoder_size 64 --speech_decoder_layers 2 --speech_decoder_dropout 0"
+    flags = f"{parts} --cfg_unconditional_prob 0 --data_path {studio}/talks.jsonl --max_steps 3 --learning_rate 1e-2"
+    flags += f" --report_to none --use_cpu --logging_steps 1 --save_steps 3 --output_dir {tmp_path}"
+    runs = {"one": (1, 2, ""), "zero3": (2, 1, f"--deepspeed {ROOT}/ds_config_zero3.json")}
+    for name, (processes, size, more) in runs.items():  # conversations of different lengths: a frame counts the same
+        command = f"{flags}/{name} --per_device_train_batch_size {size} {more}"
+        job = launch("duplex/train.py", command, processes=processes).wait()
+        assert job.status == 0, job.err
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert weights(tmp_path / "zero3").keys() == weights(tmp_path / "one").keys()
+    assert_same(weights(tmp_path / "zero3"), weights(tmp_path / "one"), within=1e-4)
 
 
 @KINDS
