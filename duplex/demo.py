@@ -27,9 +27,7 @@ from errors import InputError
 from model import SpeechLLM
 
 REQUESTS = ("please GIVE COUNT THINGS", "WHO DID COUNT THINGS")
-ANSWER = (
-    "her uncle sold COUNT THINGS"  # a sentence of the demo's: its recogniser turns three words into one
-)
+ANSWER = "her uncle sold COUNT THINGS"  # a sentence of the demo's: its recogniser turns three words into one
 AGENT = ("en-us+f2", 200, 50, 0, 1.0)  # voice, words a minute, pitch, its range, speed: as predictable as can be
 KINDS = ("direct", "decoder")
 ROOT = Path(__file__).parent.parent
@@ -39,17 +37,17 @@ MODEL |= {
     "context": 10,
     "lookahead": 2,
     "speech_decoder_size": 128,
-    "speech_decoder_layers": 2,
+    "speech_decoder_layers": 1,
     "speech_decoder_dropout": 0.0,
 }
-TRAINING = {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+TRAINING = {"per_device_train_batch_size": 32, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
 TRAINING |= {"warmup_steps": 0.05, "adam_beta2": 0.98, "logging_steps": 25, "save_strategy": "no", "report_to": "none"}
 
 
 @dataclass
 class Settings:
-    requests: int = 3000
-    conversations: int = 1600
+    requests: int = 5200
+    conversations: int = 2800  # of 1,600 both models learn the training set by heart and less of the task
     test_conversations: int = 60
     num_codebooks: int = 4
     codebook_size: int = 128

@@ -292,7 +292,7 @@ class SpeechDecoder(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 is_output = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * count) ** 0.5 if is_output else 0.02)
+                nn.init.normal_(p, std=(size * 2 * count if is_output else size) ** -0.5)
 
     def forward(self, states: Tensor, codes: Tensor, is_blind: bool | Tensor = False, pasts=None) -> tuple:
         """(Logits (B, T, K * (V + 3)), what each layer keeps of the past); `codes` (B, T, K) are of the frames before.
