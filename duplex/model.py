@@ -51,6 +51,7 @@ class DuplexArguments(ModelArguments):
     duplex_user_channel_weight: float = option(1.0, "of the user's frames in the sum that the LLM reads")
     speech_decoder_size: int = option(768, "width of the speech decoder")
     speech_decoder_layers: int = option(12, "its layers; heads are 64 wide")
+    detach_input: bool = option(False, "keep the speech decoder's loss from the LLM, which then learns text alone")
     speech_decoder_dropout: float = option(0.1, "dropout in it, in training only")
     cfg_unconditional_prob: float = option(0.1, "share of the batches in which it does not see the LLM's states")
     cfg_scale: float = option(2.5, "classifier-free guidance in inference: 1 = none")
@@ -175,7 +176,8 @@ class DuplexModel(SpeechLLM):
             code_logits = self.audio_head(states.float())
         else:
             is_blind = self.training and torch.rand(()) < self.config.cfg_unconditional_prob
-            code_logits, _ = self.speech_decoder(states.float(), before[:, :-2] + self.offsets, is_blind)
+            seen = states.detach() if self.config.detach_input else states
+            code_logits, _ = self.speech_decoder(seen.float(), before[:, :-2] + self.offsets, is_blind)
         text_logits = self.llm.get_output_embeddings()(states).float()
         is_counted = torch.arange(1, text_ids.shape[1], device=text_ids.device) < num_frames[:, None]  # (B, T - 1)
         total = is_counted.sum() if num_items_in_batch is None else num_items_in_batch  # frames
@@ -292,7 +294,8 @@ class SpeechDecoder(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 is_output = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=(size * 2 * count if is_output else size) ** -0.5)
+                std = 0.02 * (768 / size) ** 0.5  # 0.02 at NeMo's width
+                nn.init.normal_(p, std=std / (2 * count) ** 0.5 if is_output else std)
 
     def forward(self, states: Tensor, codes: Tensor, is_blind: bool | Tensor = False, pasts=None) -> tuple:
         """(Logits (B, T, K * (V + 3)), what each layer keeps of the past); `codes` (B, T, K) are of the frames before.
