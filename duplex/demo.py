@@ -39,7 +39,6 @@ MODEL |= {
     "speech_decoder_size": 128,
     "speech_decoder_layers": 1,
     "speech_decoder_dropout": 0.0,
-    "detach_input": True,  # else its loss, of which the voice is most, kept the LLM from listening: 2 % exact
 }
 TRAINING = {"per_device_train_batch_size": 32, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
 TRAINING |= {"warmup_steps": 0.05, "adam_beta2": 0.98, "logging_steps": 25, "save_strategy": "no", "report_to": "none"}

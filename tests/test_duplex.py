@@ -174,6 +174,14 @@ def test_a_conversation_has_the_same_loss_alone_and_in_a_batch(models, studio, k
     torch.testing.assert_close(together, (alone * frames).sum() / frames.sum(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_detached", [True, False])
+def test_detach_input_keeps_the_loss_of_the_voice_from_the_llm(studio, is_detached):
+    model = build(studio, "decoder", text_loss_weight=0.0, detach_input=is_detached)
+    dataset = model.make_conversations(open_conversations(studio / "talks.jsonl"))
+    model(**collate([dataset[0], dataset[1]], model.tokens.pad)).loss.backward()
+    assert bool(model.projector.conv.weight.grad.any()) != is_detached
+
+
 @KINDS
 def test_frame_by_frame_it_gives_what_it_gives_all_at_once(models, studio, kind):
     """Teacher-forced on its own answer, the model predicts this very answer."""
