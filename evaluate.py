@@ -38,7 +38,7 @@ class Evaluation:
         return {name: round(value, 4) for name, value in self.metrics.items()} | interval
 
 
-class Utterance(NamedTuple):
+class Utterance(NamedTuple):  # what an evaluation finds of one
     loss: float  # summed over its tokens
     loss_of_other: float  # with another clip's audio
     num_tokens: int
@@ -76,10 +76,11 @@ def evaluate(
     references, hypotheses = [transcript_of(dataset.records[index]) for index in good], [u.text for u in good.values()]
     result = score(references, hypotheses, metric=metric)  # over the whole set, not a mean of batches
     interval = rate_interval(result.lines, NUM_RESAMPLES)
-    loss, loss_of_others, num_tokens = (sum(column) for column in list(zip(*good.values(), strict=True))[:3])
-    metrics = {"loss": loss / num_tokens, result.metric: result.all.rate}
+    num_tokens = sum(utterance.num_tokens for utterance in good.values())
+    loss = sum(utterance.loss for utterance in good.values()) / num_tokens
+    metrics = {"loss": loss, result.metric: result.all.rate}
     if len(good) > 1:  # one clip alone has no other
-        metrics["listening_gap"] = (loss_of_others - loss) / num_tokens
+        metrics["listening_gap"] = sum(utterance.loss_of_other for utterance in good.values()) / num_tokens - loss
     if args.process_index == 0:
         print_figures(title, metrics, result.metric, interval, references, hypotheses)
     return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), bad, interval)

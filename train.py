@@ -391,6 +391,10 @@ def main(argv: list[str] | None = None) -> None:
         before = load_config(Path(checkpoint))  # knows the commits of the parts, and an evaluation
         for name in ("encoder_revision", "llm_revision", "training"):
             setattr(config, name, getattr(before, name))
+    if data.no_speech_share:  # behind the settings: a resumed run compares the records without these clips
+        import no_speech  # an option
+
+        records["trained on"] = no_speech.add(records["trained on"], data, args.seed)
     model = load_model(config, data, args)
     datasets = make_datasets(model, records, data, args)
     facts |= {use: f"{facts[use]}: {dataset}" for use, dataset in datasets.items()}
@@ -461,11 +465,7 @@ def load_model(config: SpeechLLMConfig, data: DataArguments, args: TrainArgument
 def make_datasets(
     model: SpeechLLM, records: dict[str, Records], data: DataArguments, args: TrainArguments
 ) -> dict[str, SpeechDataset]:
-    """Datasets by their use; what is trained on may have clips without speech, augmentations, frames from a cache."""
-    if data.no_speech_share:
-        import no_speech  # an option
-
-        records = records | {"trained on": no_speech.add(records["trained on"], data, args.seed)}
+    """Datasets by their use; what is trained on may be augmented, or have frames from a cache."""
     options = {"max_length": min(data.model_max_length, model.max_length), "max_seconds": data.max_seconds}
     options |= {"on_bad": data.on_bad_audio, "seed": args.seed, "train_on_turns": data.train_on_turns}
     datasets = {use: model.make_dataset(part, **options) for use, part in records.items()}

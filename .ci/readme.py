@@ -69,6 +69,7 @@ NAMES = {
     r"demo_run(?=/)": str(DEMO),
     r"python -m tools\.matrix": "python -m tools.matrix canary",  # the others in tests/
     r"python -m demo(?!\S)": f"python -m demo --quick --output_dir {DEMO}",
+    r"--encoder large-v3": "--encoder tiny",
     r"(python -m tools\.benchmark(?!\S).*)": rf"\1 {SMALLEST}",
     r"(python -m recipes\.digits\.prepare(?!\S).*)": r"\1 --recordings recordings --num_train 16 --num_test 4",
 }

@@ -3,10 +3,10 @@
     python -m demo && python -m duplex  # about twelve minutes more on two cores
     python -m demo --quick && python -m duplex --quick  # everything once; its figures mean nothing
 
-espeak-ng asks in many voices ("please bring nine letters") and answers in another one ("the nine letters"), sometimes
-interrupted by the next request. A codec is learnt from the answers. The demo's encoder hears the requests, once for
-both kinds of model; its LLM, trained as a whole now, answers new requests, to which the demo's recogniser listens.
-Everything is in DEMO/duplex/; a stage that is complete is not done again.
+espeak-ng asks in many voices ("please bring nine letters") and answers in another one ("her uncle sold nine letters"),
+sometimes interrupted by the next request. A codec is learnt from the answers. The demo's encoder hears the requests,
+once for both kinds of model; its LLM, trained as a whole now, answers new requests, to which the demo's recogniser
+listens. Everything is in DEMO/duplex/; a stage that is complete is not done again.
 """
 
 import argparse

@@ -173,13 +173,16 @@ def load_channels(record: dict) -> tuple[np.ndarray, list[str]]:
 
 
 def collate(examples: list[dict], pad: int) -> dict:
-    """One batch, padded on the right: text_ids (B, T), num_frames (B,), voice (B, A) or (B, T, K), heard (of all W)."""
+    """One batch, padded on the right: text_ids and labels (B, T), num_frames (B,), voice (B, A) or (B, T, K), heard.
+
+    `heard` are the windows (W, ...) of all conversations.
+    """
     ids = [example["text_ids"] for example in examples]
-    counted = [F.pad(torch.ones(len(row) - 1, dtype=torch.long), (1, 0), value=IGNORE) for row in ids]
+    labels = [F.pad(row[1:], (1, 0), value=IGNORE) for row in ids]  # nothing predicts the first frame
     return {
         "heard": torch.cat([example["heard"] for example in examples]),  # windows, conversation by conversation
         "text_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "labels": pad_sequence(counted, batch_first=True, padding_value=IGNORE),  # for Trainer, which counts these
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),  # Trainer counts these
         "num_frames": torch.tensor([len(row) for row in ids]),
         "voice": pad_sequence([example["voice"] for example in examples], batch_first=True),
         "index": [example["index"] for example in examples],

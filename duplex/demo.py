@@ -27,7 +27,7 @@ from errors import InputError
 from model import SpeechLLM
 
 REQUESTS = ("please GIVE COUNT THINGS", "WHO DID COUNT THINGS")
-ANSWER = "her uncle sold COUNT THINGS"  # a sentence of the demo's: its recogniser turns three words into one
+ANSWER = "her uncle sold COUNT THINGS"  # as the demo's recogniser knows sentences; it takes three words for one
 AGENT = ("en-us+f2", 200, 50, 0, 1.0)  # voice, words a minute, pitch, its range, speed: as predictable as can be
 KINDS = ("direct", "decoder")
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ TRAINING |= {"warmup_steps": 0.05, "adam_beta2": 0.98, "logging_steps": 25, "sav
 @dataclass
 class Settings:
     requests: int = 5200
-    conversations: int = 2800  # of 1,600 both models learn the training set by heart and less of the task
+    conversations: int = 2800  # 1,600, at a learning rate of 3e-3, were learnt by heart: 36 % exact
     test_conversations: int = 60
     num_codebooks: int = 4
     codebook_size: int = 128

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 
+from dataset import IGNORE
 from duplex.codecs import load_codec
 from duplex.data import HOP, ConversationDataset, TextTokens, resample, text_ids, window_features
 from errors import InputError
@@ -101,12 +102,13 @@ class DuplexModel(SpeechLLM):
         self.register_buffer("offsets", torch.arange(self.codec.num_codebooks) * (self.size + 3), persistent=False)
         if config.kind == "direct":
             self.code_embeds, self.audio_head = nn.Embedding(num_codes, width), nn.Linear(width, num_codes)
-            text = llm.get_input_embeddings().weight
+            text_embeds = llm.get_input_embeddings().weight
             if is_deepspeed_zero3_enabled():
                 import zero3  # an option
 
-                text = zero3.gather({"": text.requires_grad_(False)})[""]  # apply_freezing follows
-            nn.init.normal_(self.code_embeds.weight, std=text.std().item() / 2)
+                # Trained weights are gathered from the optimiser, which is not there yet. apply_freezing comes below.
+                text_embeds = zero3.gather({"": text_embeds.requires_grad_(False)})[""]
+            nn.init.normal_(self.code_embeds.weight, std=text_embeds.std().item() / 2)
         else:
             self.speech_decoder = SpeechDecoder(config, width, num_codes)
         self.apply_freezing()
@@ -160,7 +162,7 @@ class DuplexModel(SpeechLLM):
 
     # Training
 
-    def forward(self, heard, text_ids, num_frames, voice, num_items_in_batch=None, **kwargs) -> CausalLMOutput:
+    def forward(self, heard, text_ids, labels, num_frames, voice, num_items_in_batch=None, **kwargs) -> CausalLMOutput:
         """The loss of a batch of `collate`; a mean over frames, of all conversations alike.
 
         The frames are those of the optimiser's step on all devices, num_items_in_batch, or, if None, of this batch.
@@ -179,9 +181,10 @@ class DuplexModel(SpeechLLM):
             seen = states.detach() if self.config.detach_input else states
             code_logits, _ = self.speech_decoder(seen.float(), before[:, :-2] + self.offsets, is_blind)
         text_logits = self.llm.get_output_embeddings()(states).float()
-        is_counted = torch.arange(1, text_ids.shape[1], device=text_ids.device) < num_frames[:, None]  # (B, T - 1)
+        labels = labels[:, 1 : codes.shape[1]]  # (B, T - 1)
+        is_counted = labels != IGNORE
         total = is_counted.sum() if num_items_in_batch is None else num_items_in_batch  # frames
-        text_loss = F.cross_entropy(text_logits[is_counted], text_ids[:, 1:][is_counted], reduction="sum") / total
+        text_loss = F.cross_entropy(text_logits[is_counted], labels[is_counted], reduction="sum") / total
         code_logits = code_logits.unflatten(2, (-1, self.size + 3))[is_counted]  # (frames, K, V + 3)
         targets = before[:, 1:-1][is_counted]  # (frames, K)
         audio_loss = F.cross_entropy(code_logits.mT, targets, reduction="sum") / (total * targets.shape[1])
