@@ -132,7 +132,8 @@ class MelCodec:
         frames = self.mean + sum(book[codes[:, :, k]] for k, book in enumerate(self.codebooks))  # (B, T, 640)
         mel = frames.reshape(len(frames), -1, self.bins).exp()  # (B, 8 T, 80)
         magnitude = F.pad((mel @ self.inverse).clamp(min=0).mT, (0, 1), mode="replicate")  # (B, frequencies, 8 T + 1)
-        phase = torch.ones_like(magnitude) * torch.exp(2j * torch.pi * torch.rand(magnitude.shape[1:]))
+        start = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(0))  # the same codes, one voice
+        phase = torch.ones_like(magnitude) * torch.exp(2j * torch.pi * start)
         for _ in range(iterations):
             samples = torch.istft(magnitude * phase, self.size, self.step, window=self.window)  # (B, 1280 T)
             phase = torch.exp(1j * self.spectrum(samples).angle())

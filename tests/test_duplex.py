@@ -156,6 +156,7 @@ def test_the_demos_codec_copies_what_it_has_learnt(tmp_path):
     codec = load_codec(str(tmp_path / "codec.safetensors"))
     codes = codec.encode(clip[None])
     assert codes.shape == (1, 13, 4) and codec.decode(codes).shape == (1, 13 * HOP)
+    assert torch.equal(codec.decode(codes), codec.decode(codes))
     copy, frames = codec.frames(codec.decode(codes)), codec.frames(clip[None])
     assert (copy - frames).norm() < 0.6 * (frames - frames.mean(1)).norm()
 
