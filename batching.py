@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from dataset import WINDOW, SpeechDataset, collate, render_prompt
+from dataset import SILENCE, WINDOW, SpeechDataset, collate, render_prompt
 from errors import BadUtterance, InputError
 from manifest import SAMPLE_RATE, transcript_of
 
@@ -236,12 +236,13 @@ def measure(dataset: SpeechDataset, process_index: int = 0, num_processes: int =
         records = [dataset.records[index] for index in dataset.indices[positions].tolist()]
         texts = [transcript_of(record) or "" for record in records]
         tokens = np.array([len(ids) + 1 for ids in dataset.tokenizer(texts, add_special_tokens=False).input_ids])
-        samples = dataset.seconds[positions] * stretch * SAMPLE_RATE
+        seconds = dataset.seconds[positions]
+        samples = np.where(seconds > 0, seconds * stretch * SAMPLE_RATE, SILENCE)  # text alone comes with a silence
         windows = np.maximum(np.ceil(samples / WINDOW), 1)
         samples = windows * WINDOW if dataset.pad_to_30s else samples
         features = np.ceil(samples / windows * rate).astype(int) + 1
         speech = windows * dataset.embedding_counts[features.clip(max=len(dataset.embedding_counts) - 1)]
-        num_positions = speech + tokens + [prompt_length(dataset, record) for record in records]
+        num_positions = speech * (seconds > 0) + tokens + [prompt_length(dataset, record) for record in records]
         num_positions = num_positions.clip(max=dataset.max_length)  # no example is longer
         lengths.append(np.stack([samples / SAMPLE_RATE, num_positions, tokens], axis=1))
     result = np.zeros((len(dataset), 3))

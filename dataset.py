@@ -275,9 +275,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def load(self, record: dict) -> list[np.ndarray]:
         """Samples (S,) of each clip of a record. Raises BadUtterance."""
-        clips = [load_audio(*clip) for clip in clips_of(record)]  # (S,) each
-        if not clips:
-            raise BadUtterance(f"no audio in the conversation; wanted {AUDIO} in a turn, and its file in 'audio'")
+        clips = [load_audio(*clip) for clip in clips_of(record)]  # (S,) each; none in a conversation of text alone
         seconds = sum(map(len, clips)) / SAMPLE_RATE  # the record may have stated fewer
         if seconds > self.limit:
             raise BadUtterance(TOO_LONG.format(seconds, self.max_seconds))
@@ -315,7 +313,9 @@ class SpeechDataset(torch.utils.data.Dataset):
             limit = f"{self.max_length} (--model_max_length, or what --max_new_tokens leaves)"
             raise BadUtterance(f"{sizes} in {limit}; recognize.py --timestamps or --format cuts long audio at pauses")
         labels = labels + target_ids  # of the last positions, never told by ids: many LLMs pad with their end token
-        return {"prompt_ids": prompt_ids, "target_ids": target_ids, "labels": labels, "features": sum(features, [])}
+        ids = {"prompt_ids": prompt_ids, "target_ids": target_ids, "labels": labels}
+        windows = sum(features, []) or self.windows(np.zeros(SILENCE, np.float32))  # text alone: a silence of length 0
+        return ids | {"features": windows, "feature_lengths": [len(window) if clips else 0 for window in windows]}
 
     def windows(self, samples: np.ndarray) -> list[Tensor]:
         """Features (F, M) of a clip (S,); over 30 s, of its equal windows of at most 30 s."""
@@ -344,7 +344,7 @@ def collate(examples: list[dict], with_targets: bool = True) -> dict:
         "attention_mask": pad_left([[1] * len(row) for row in ids], 0),  # (B, L), 0 = padding
         "labels": pad_left([example["labels"] if with_targets else [] for example in examples], IGNORE),
         "input_values" if features[0].ndim == 1 else "input_features": pad_sequence(features, batch_first=True),
-        "feature_lengths": torch.tensor([len(window) for window in features]),  # (A,)
+        "feature_lengths": torch.tensor(sum([example["feature_lengths"] for example in examples], [])),  # (A,)
         "index": [example["index"] for example in examples],
         "bad": [example["bad"] for example in examples],
     }

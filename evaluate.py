@@ -112,7 +112,7 @@ def evaluate_share(
 def embeds_of_longest(model: "SpeechLLM", dataset: SpeechDataset) -> list[tuple[int, Tensor]]:
     """(index of the record, speech embeddings (N, H)) of the two longest good clips, the same on every process."""
     by_length = map(int, (-dataset.seconds).argsort(kind="stable"))  # positions
-    examples = (example for example in map(dataset.__getitem__, by_length) if not example["bad"])
+    examples = (e for e in map(dataset.__getitem__, by_length) if not e["bad"] and any(e["feature_lengths"]))
     # One by one: short of memory, the longest clip alone is the most that must fit.
     return [(example["index"], model.embed_batch(collate([example]))) for example in islice(examples, 2)]
 

@@ -253,7 +253,9 @@ def encode(encoder: nn.Module, features: list[Tensor], device: torch.device) -> 
 def fill(
     cache: FrameCache, encoder: nn.Module, clips: list[NewClip], dataset: SpeechDataset, args: TrainingArguments
 ) -> None:
-    """Encode new clips, and the silence that stands for a bad one, into a file of this process.
+    """Encode new clips, and silences of two lengths, into a file of this process.
+
+    One stands for a bad clip. The other, of a whole window, tells how many frames a second has.
 
     Raises InputError for a full disk, and if the encoder gives other frames than the one that filled the cache.
     """
@@ -261,10 +263,11 @@ def fill(
     if stored is not None and not (trial - stored).float().norm() <= TOLERANCE * stored.float().norm():
         problem = "this encoder, of the same weights, gives other frames; its code or a library has changed"
         raise InputError(f"{cache.folder}: {problem}: delete that folder, or name another --encoder_cache")
-    if not clips and stored is not None:
-        return
     new = NewWindows(clips, encoder.extract, cache)
-    first = {key_of(TRIAL): encoder.extract(TRIAL)} | new.windows(dataset, [np.zeros(SILENCE, np.float32)])
+    silences = new.windows(dataset, [np.zeros(size, np.float32) for size in (SILENCE, WINDOW)])
+    if not clips and not silences and stored is not None:
+        return
+    first = {key_of(TRIAL): encoder.extract(TRIAL)} | silences
     # As many windows at once as a batch of training has clips: this takes no more memory than training without a cache.
     size, written = args.per_device_train_batch_size, set()
     loader = DataLoader(new, size, num_workers=args.dataloader_num_workers, collate_fn=list)

@@ -57,7 +57,8 @@ def stream_of_place(
     dataset = dataset if dataset.features else dataset._resolve_features()
     keys = keys_of_columns(dataset.features, name, True, key_names(remap_keys))
     folder = path if path.is_dir() else path.parent if is_file(place) else Path()
-    shards = dataset.with_format("arrow").shuffle(seed=0, buffer_size=1)  # streams.py shuffles the records
+    # One shard at a time: of several at once datasets holds a row group each, and it waits 5 s after every epoch.
+    shards = dataset.with_format("arrow").shuffle(seed=0, buffer_size=1, max_buffer_input_shards=1)
 
     def read(epoch: int) -> Iterator[dict]:
         shards.set_epoch(epoch)

@@ -37,7 +37,7 @@ class Row:
 
     where: str  # file and line of the manifest
     bad: str | None  # why --on_bad_audio skip leaves it out
-    transcript: str
+    transcript: str  # empty in a conversation: an answer may be longer than its question
     seconds: float  # of audio: what the manifest or the file states, but no more than the embeddings carry
     ids: list[int]  # (L,)
     mask: list[int]  # (L,) 0 = padding
@@ -130,7 +130,8 @@ def rows_of(batch: dict, dataset: SpeechDataset) -> list[Row]:
         record = dataset.records[index]
         num_speech = (ids[b] == SPEECH).sum().item()
         seconds = min((num_speech + 1) / per_second, dataset.durations[index])  # a tail gives no embedding
-        texts = record["where"], batch["bad"][b], transcript_of(record) or ""
+        spoken = "" if "messages" in record else transcript_of(record) or ""
+        texts = record["where"], batch["bad"][b], spoken
         columns = (x[b].tolist() for x in (ids, batch["attention_mask"], labels))
         rows.append(Row(*texts, seconds, *columns, dataset.train_on_turns == "all"))
     return rows
@@ -156,7 +157,7 @@ def problem_of(row: Row, stop_ids: set[int]) -> str | None:
     if stops := [position for position in trained[:-1] if row.labels[position] in stop_ids and position not in ends]:
         return f"an end token inside the transcript, at its token {trained.index(stops[0]) + 1} of {len(trained)}"
     # 50 letters a second, or 25 Chinese characters: about twice the fastest speech. hallucination.py has the sources.
-    if (least := least_seconds(row.transcript) + GRACE_SECONDS) > row.seconds:
+    if row.transcript and (least := least_seconds(row.transcript) + GRACE_SECONDS) > row.seconds:
         sizes = f"{len(row.transcript)} characters in {row.seconds:.2f} s, where nobody needs less than {least:.2f} s"
         return f"a transcript longer than its audio can carry: {sizes}"
     return None
@@ -203,8 +204,9 @@ def print_row(console: Console, row: Row, tokenizer: PreTrainedTokenizerBase, pr
     """Three lines, token over label over mask, broken where the terminal ends."""
     num_speech, num_trained = row.ids.count(SPEECH), len(row.labels) - row.labels.count(IGNORE)
     letters = len("".join(row.transcript.split())) / max(row.seconds, 0.01)
+    rate = f", {letters:.1f} characters a second" if row.transcript else ""
     sizes = f"{row.seconds:.2f} s, {num_speech} embeddings, {sum(row.mask)} positions, {num_trained} trained"
-    console.print(Text(f"\n{row.where}  {sizes}, {letters:.1f} characters a second"))
+    console.print(Text(f"\n{row.where}  {sizes}{rate}"))
     if row.bad:
         console.print(Text(f"left out: {row.bad}", style=WRONG))
     lines = new_lines()

@@ -161,7 +161,6 @@ class WhisperEncoder(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Log-mel features (A, F, M), zero behind `lengths` (A,) -> frames (A, T, D), valid up to `output_lengths`."""
         model = self.model
-        lengths = torch.where(self.output_lengths(lengths) > 0, lengths, features.shape[1])  # no mask may be empty
         x = features.to(model.dtype).transpose(1, 2)  # (A, M, F)
         x = F.gelu(model.conv1(x))  # (A, D, F)
         x = x * length_mask(lengths, x.shape[2]).unsqueeze(1)  # or conv1's bias would leak from the padding into conv2
@@ -421,8 +420,9 @@ class SpeechLLM(PreTrainedModel):
         """Speech embeddings (sum of N, H), those of each clip in turn, of features (A, F, M) or samples (A, S)."""
         features = input_values if input_features is None else input_features  # (A, S) or (A, F, M)
         is_trained = any(p.requires_grad for p in self.encoder.parameters())
+        lengths = torch.where(feature_lengths > 0, feature_lengths, features.shape[1])  # no mask may be empty
         with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):  # a frozen encoder keeps no activations
-            frames = self.encoder(features, feature_lengths)  # (A, T, D)
+            frames = self.encoder(features, lengths)  # (A, T, D)
         frames = F.dropout(frames, self.config.encoder_dropout, self.training)
         frame_lengths = self.encoder.output_lengths(feature_lengths)  # (A,)
         speech_embeds = self.projector(frames, frame_lengths)  # (A, N, H)
@@ -578,9 +578,10 @@ class SpeechLLM(PreTrainedModel):
         """The hypotheses of a batch of `collate` without targets, whose `speech_embeds` may have been made before."""
         speech_embeds = self.embed_batch(batch) if speech_embeds is None else speech_embeds  # (sum of N, H)
         inputs, nbest = self.tensors_of(batch) | {"speech_embeds": speech_embeds}, options.nbest
-        bounds = 20 + options.max_tokens_per_second * torch.tensor(dataset.durations[batch["index"]])
-        bounds = bounds.minimum(self.max_length - batch["attention_mask"].sum(1))  # the LLM's positions
-        limits = bounds.clamp(max=options.max_new_tokens).int().to(self.device)  # (B,) new tokens of each clip
+        durations = zip(dataset.durations[batch["index"]].tolist(), batch["bad"], strict=True)
+        seconds = torch.tensor([s or (0.0 if bad else 1e9) for s, bad in durations])  # (B,), no limit for text alone
+        bound = (20 + options.max_tokens_per_second * seconds).minimum(self.max_length - batch["attention_mask"].sum(1))
+        limits = bound.clamp(max=options.max_new_tokens).int().to(self.device)  # (B,) new tokens of each clip
         search = {o.name: getattr(options, o.name) for o in fields(options) if "ours" not in o.metadata}
         # Ids (rows, new) -> (rows,): a clip has as many rows as beams or samples, and ends at its own limit.
         search["stopping_criteria"] = [lambda ids, _: ids.shape[1] >= limits.repeat_interleave(len(ids) // len(limits))]

@@ -39,7 +39,7 @@ HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": LLMS["qwen2"],
 }
 SERVER = multiprocessing.get_context("forkserver")
-PROGRAMS = ("demo", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
+PROGRAMS = ("demo", "duplex", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
 SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False"
 TINY = f"{SHORT} --gradient_accumulation_steps 1 --dataloader_num_workers 0"
 SMALLEST = "--llm nano --batch_size 1 --steps 1 --repeats 1"
@@ -70,6 +70,7 @@ NAMES = {
     r"python -m tools\.matrix": "python -m tools.matrix canary",  # the others in tests/
     r"python -m demo(?!\S)": f"python -m demo --quick --output_dir {DEMO}",
     r"--encoder large-v3": "--encoder tiny",
+    r"--repeats 3 --dtype bfloat16": "--repeats 3",  # a CPU that cannot compute in it takes minutes
     r"(python -m tools\.benchmark(?!\S).*)": rf"\1 {SMALLEST}",
     r"(python -m recipes\.digits\.prepare(?!\S).*)": r"\1 --recordings recordings --num_train 16 --num_test 4",
 }

@@ -58,6 +58,7 @@ class Settings:
     llm_steps: int = 600
     projector_epochs: float = 1.75
     projector_batch_size: int = 16
+    projector_stride: int = 4  # 12.5 Hz, which duplex/ starts from
     projector_hidden_size: int = 512
     projector_learning_rate: float = 3e-3
     projector_no_speech_share: float = 0.1  # without it the model makes up 110 words a minute where nobody speaks
@@ -142,7 +143,8 @@ def train_projector(folder: Path, settings: Settings, output_dir: Path) -> None:
         *("--output_dir", partial, "--seed", settings.seed),
         *("--num_train_epochs", settings.projector_epochs, "--learning_rate", settings.projector_learning_rate),
         *("--per_device_train_batch_size", settings.projector_batch_size // PROCESSES, "--warmup_steps", 0.05),
-        *("--projector", settings.projector, "--projector_hidden_size", settings.projector_hidden_size),
+        *("--projector", settings.projector, "--projector_stride", settings.projector_stride),
+        *("--projector_hidden_size", settings.projector_hidden_size),
         *("--no_speech_share", settings.projector_no_speech_share),
         *("--lora_r", settings.lora_r, "--lora_alpha", 2),  # with 16 the LLM learns to guess: WER 3.1 and 5.0 %
         *("--eval_strategy", "steps", "--eval_steps", 150, "--lr_scheduler_type", "cosine", "--logging_steps", 10),

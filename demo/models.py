@@ -264,7 +264,7 @@ def train_llm(folder: Path, seed: int, llm_steps: int) -> None:
 
 
 def mishear(tokens: list[int], words: list[int], noise: float, rng: random.Random) -> list[int]:
-    """What a poor encoder might deliver at 10 Hz for some tokens.
+    """What a poor encoder might deliver at 12.5 Hz for some tokens.
 
     Each stands one to three times, with a few blanks between; some are lost, wrong, or too many.
     """

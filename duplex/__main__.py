@@ -1,6 +1,6 @@
 """A demo that one can hear: somebody asks for things of the demo's world, and a voice of codes repeats which.
 
-    python -m demo && python -m duplex  # about twelve minutes more on two cores
+    python -m demo && python -m duplex  # 12 minutes more on two cores
     python -m demo --quick && python -m duplex --quick  # everything once; its figures mean nothing
 
 espeak-ng asks in many voices ("please bring nine letters") and answers in another one ("her uncle sold nine letters"),

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 
 from dataset import load_audio, open_records
-from duplex.data import FRAME_SECONDS, frame_of
+from duplex.data import FRAME_SECONDS, HOP, frame_of
 from errors import InputError, run
 from manifest import SAMPLE_RATE, Records, clips_of
 
@@ -26,7 +26,8 @@ SILENT_AFTER = 0.4  # seconds in which an agent that is interrupted falls silent
 def simulate(questions: Records, answers: Records, indices: Sequence[int], interruption: float, random) -> tuple:
     """(User's samples (S,), agent's samples (S,), turns) of a conversation about these questions, one or two.
 
-    The agent begins with a frame, as a voice of frames does. An interrupted answer keeps the words for which the text
+    The agent begins with a frame, as a voice of frames does; it is silent in the first one of a turn, in which the code
+    that begins the turn stands in place of sound. An interrupted answer keeps the words for which the text
     channel, a token a frame and thus ahead of the voice, has room.
     """
     channels, turns, now = {"user": [], "agent": []}, [], random.uniform(0.2, 0.8)  # seconds
@@ -40,6 +41,7 @@ def simulate(questions: Records, answers: Records, indices: Sequence[int], inter
 
     for number, index in enumerate(indices):
         question, answer = (load_audio(*clips_of(records[index])[0]) for records in (questions, answers))
+        answer = np.pad(answer, (HOP, 0))
         end, text = say("user", now, question, questions[index]["txt"]), answers[index]["txt"]
         start = frame_of(end + ANSWER_AFTER) * FRAME_SECONDS
         now = start + len(answer) / SAMPLE_RATE + random.uniform(0.2, 0.8)  # the next question begins

@@ -24,11 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("audio", help="what the user says")
     parser.add_argument("--model_path", required=True, help="folder that duplex.train wrote")
     parser.add_argument("--result_path", default="reply.wav", help="both voices, in stereo (default: reply.wav)")
+    parser.add_argument("--silence", type=float, default=3.0, help="seconds of it behind the audio (default: 3)")
     args = parser.parse_args(argv)
     model, user = DuplexModel.from_pretrained(args.model_path), load_audio(args.audio)
     stream, codes, begin, words = model.stream(), [], time.perf_counter(), []
-    size, rest = model.config.chunk * HOP, model.config.lookahead * HOP
-    user = np.pad(user, (0, -len(user) % size + rest))  # silence to the end of the last window
+    user = np.pad(user, (0, round(args.silence * SAMPLE_RATE)))  # in which the agent answers
+    user = np.pad(user, (0, -len(user) % (model.config.chunk * HOP) + model.config.lookahead * HOP))  # whole windows
     for piece in np.split(user, range(HOP, len(user), HOP)):  # as a microphone would give it
         for token, frame in stream.push(piece):
             codes.append(frame)

@@ -1,5 +1,7 @@
 """Tiny real models with random weights, and a corpus of noise: everything that the tests run on."""
 
+import atexit
+import gc
 import io
 import json
 import multiprocessing
@@ -22,10 +24,12 @@ import pytest
 import soundfile
 import torch
 from families import ENCODERS, LLMS, make_llm_tokenizer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # also for the commands that tests start
 torch.set_num_threads(1)
+get_checkpoint_conversion_mapping("qwen2")  # makes a thousand regular expressions, which forked processes then have
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_RATE = 16000
@@ -64,6 +68,13 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
     return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's rounds, of which each run of Trainer ends with one."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind calls it a leak
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -240,10 +251,16 @@ def run_script(command: list[str], folder: str, environment: dict, out: str, err
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
     multiprocessing.set_start_method("fork", force=True)  # for data-loading workers, as in any new process
+    gc.freeze()
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = command
+    if "--deepspeed" in command:
+        import deepspeed
+
+        # Gloo does, as where there is no C++ compiler: DeepSpeed's own would be compiled first, for half a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if moment:
         die_at(moment)
     runpy.run_path(command[0], run_name="__main__")

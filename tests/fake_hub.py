@@ -38,6 +38,7 @@ class FakeHub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a header is sent at once, and the body after it
 
     def log_message(self, *_) -> None:
         pass

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import SAMPLE_RATE, TRAIN_FLAGS, make_tokenizer, noise, write_manifest
 from families import LLMS
-from runs import error_of
+from runs import error_of, losses
 from transformers import AutoTokenizer
 
 import train
@@ -80,6 +81,37 @@ def test_the_records_of_prompts_are_named_by_their_number_and_the_callers_turns_
     assert turn["audio"] == "a.wav"
 
 
+def test_a_conversation_of_text_alone_is_the_llms_own_alone_and_beside_audio(any_model):
+    turns = [ask("Who are you?"), {**ANSWER, "content": "nobody"}]
+    example, heard = example_of(any_model, turns), example_of(any_model, [ask("<audio>", noise(1.3)), ANSWER])
+    ids = torch.tensor([example["prompt_ids"] + example["target_ids"]])
+    labels = torch.tensor([[IGNORE] * len(example["prompt_ids"]) + example["target_ids"]])
+    wanted = any_model.llm(ids, labels=labels).loss
+    torch.testing.assert_close(any_model(**collate([example, example])).loss, wanted, rtol=1e-4, atol=0)
+    parts = [any_model(**collate([each]), num_items_in_batch=1).loss for each in (example, heard)]
+    both = any_model(**collate([example, heard]), num_items_in_batch=1).loss
+    torch.testing.assert_close(both, sum(parts), rtol=1e-4, atol=0)
+    answer = any_model.generate(prompts=[turns[:1]], num_beams=1, **NEW)[0]
+    written = any_model.llm.generate(ids[:, : len(example["prompt_ids"])], num_beams=1, **NEW)[0]
+    assert written[len(example["prompt_ids"]) :].equal(answer)
+
+
+def test_a_batch_of_text_alone_gives_the_projector_a_gradient_of_zeros_as_other_processes_wait_for_one(model):
+    model.zero_grad()
+    model(**collate([example_of(model, [ask("Who?"), ANSWER])])).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+    model.zero_grad()
+
+
+def test_an_answer_to_text_alone_may_have_all_new_tokens(recogniser):
+    """The limit that follows from the length of the audio is for clips."""
+    options = {"num_beams": 1, "max_new_tokens": 60, "max_tokens_per_second": 1}
+    dataset = recogniser.make_dataset([{"messages": [ask(f"{n} times?")]} for n in range(20)], with_targets=False)
+    lengths = [len(h.text) for batch in recogniser.decode(dataset, **options) for h in batch]
+    assert max(lengths) > 20
+
+
 @pytest.mark.parametrize(
     ("turns", "told"),
     [
@@ -88,7 +120,6 @@ def test_the_records_of_prompts_are_named_by_their_number_and_the_callers_turns_
         ([ask("<audio> <audio>", noise(1)), ask("and", noise(1))], "prompt 1: 2 <audio> in a turn with 1 audio clips"),
         ([ask("<audio>", "nowhere.wav")], "prompt 1: nowhere.wav: no such file"),
         ([ask("<audio>", noise(0.001))], "prompt 1: .*too short"),
-        ([ask("hello")], "prompt 1: no audio in the conversation"),
         ([{"role": "user", "content": [{"type": "audio"}]}], r"prompt 1: \{.*; wanted texts in 'role', 'content'"),
         ([{"content": "<audio>"}], r"prompt 1: \{.*; wanted texts in 'role', 'content'"),
     ],
@@ -188,16 +219,16 @@ def test_of_a_conversation_of_one_turn_both_train_the_same(model):
 
 def test_the_loss_is_the_sum_over_the_answers_given_what_comes_before_each(model):
     """As if each answer were the last of a conversation of its own."""
-    losses = []
+    sums = []
     for count in (3, 5, 7):
         batch = collate([example_of(model, TURNS[:count], "last")])
-        losses.append(model(**batch, num_items_in_batch=1).loss.item())
+        sums.append(model(**batch, num_items_in_batch=1).loss.item())
     batch = collate([example_of(model, TURNS)])
-    assert model(**batch, num_items_in_batch=1).loss.item() == pytest.approx(sum(losses), rel=1e-4)
+    assert model(**batch, num_items_in_batch=1).loss.item() == pytest.approx(sum(sums), rel=1e-4)
     other = example_of(model, [ask("<audio>", noise(2.0, 7)), ANSWER])  # padding beside it changes nothing
     alone = model(**collate([other]), num_items_in_batch=1).loss.item()
     both = model(**collate([example_of(model, TURNS), other]), num_items_in_batch=1).loss.item()
-    assert both == pytest.approx(sum(losses) + alone, rel=1e-4)
+    assert both == pytest.approx(sum(sums) + alone, rel=1e-4)
 
 
 def test_an_answer_that_holds_a_clip_is_not_trained(model):
@@ -220,6 +251,20 @@ def test_where_the_template_places_the_audio_all_answers_cannot_be_trained(model
     assert replace(dataset, train_on_turns="last")[0]["target_ids"]
 
 
+def test_text_alone_is_trained_beside_audio_with_a_budget_a_cache_and_an_evaluation(world, call, tmp_path):
+    rows = [{"messages": [ask("Who are you?"), {**ANSWER, "content": "nobody " * n}]} for n in range(1, 7)]
+    rows += [{"wav": str(world / f"clip{n}.wav"), "txt": "hello"} for n in range(6)]
+    path = write_manifest(tmp_path / "train.jsonl", rows)
+    flags = f"{TRAIN_FLAGS} --llm_model_name_or_path llm --data_path {path} --num_train_epochs 2 --lora_r 2"
+    flags += f" --eval_data_path {path} --max_batch_seconds 8 --encoder_cache {tmp_path}/frames --seed 1"
+    checked = call(train.main, f"{flags} --output_dir {tmp_path}/run --check 3").out
+    assert "nothing wrong found" in checked
+    out = call(train.main, f"{flags} --output_dir {tmp_path}/run").out
+    assert int(re.search(r"batches of \d+ to (\d+) clips", out)[1]) <= 4  # text alone has the 2 s of its silence
+    assert "evaluation: loss" in out
+    assert all(np.isfinite(loss) for loss in losses(tmp_path / "run"))
+
+
 def test_a_run_trains_all_answers_and_every_look_at_it_works(world, call, tmp_path):
     rows = []
     for number in range(4):
@@ -232,6 +277,7 @@ def test_a_run_trains_all_answers_and_every_look_at_it_works(world, call, tmp_pa
     flags += " --per_device_train_batch_size 4 --train_on_turns all"
     checked = call(train.main, f"{flags} --check").out
     assert "nothing wrong found" in checked and checked.count(", 5 trained") == 4
+    assert "characters a second" not in checked  # an answer is not read out of the audio
     screen = call(train.main, f"{flags} --eval_data_path {path} --log_predictions 1 --log_predictions_steps 1")
     assert re.search(r"reference .* world +\(2 tokens\)", screen.out) and "evaluation: loss" in screen.out
     assert "train_on_turns was 'all' and is 'last'" in error_of(call, f"{flags} --train_on_turns last")

@@ -634,7 +634,7 @@ def test_an_utterance_may_become_bad_by_augmentation_and_is_told_as_any_other():
 def make_example(prompt_ids: list[int], target_ids: list[int], frames: list[int], index: int = 0) -> dict:
     features = [torch.ones(length, 3) * (index + 1) for length in frames]
     ids = {"prompt_ids": prompt_ids, "target_ids": target_ids, "labels": target_ids}
-    return {"index": index, "bad": None, **ids, "features": features}
+    return {"index": index, "bad": None, **ids, "features": features, "feature_lengths": frames}
 
 
 def test_ids_are_padded_on_the_left_and_labels_cover_the_last_positions():

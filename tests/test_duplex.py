@@ -329,11 +329,15 @@ def test_simulated_conversations_have_the_words_where_their_turns_say(tmp_path):
     for record in records:
         for turn in record["turns"]:
             samples, _ = soundfile.read(tmp_path / "talks" / record[turn["role"]])
-            part = samples[round(turn["start"] * 16000) + 10 : round(turn["end"] * 16000) - 10]
+            part = samples[round(turn["start"] * 16000) : round(turn["end"] * 16000)]
+            if turn["role"] == "agent":  # where the code that begins its turn stands, it is silent
+                assert part[:HOP].max() < 0.01
+                part = part[HOP:]
+            part = part[10:-10]
             assert part.min() == pytest.approx(0.5 if turn["role"] == "user" else 0.25, abs=0.01)
             assert turn["text"].startswith("q" if turn["role"] == "user" else "a")
         agents = [turn for turn in record["turns"] if turn["role"] == "agent"]
-        interrupted += len(agents) == 2 and agents[0]["end"] - agents[0]["start"] < 0.95
+        interrupted += len(agents) == 2 and agents[0]["end"] - agents[0]["start"] < 1.05
     assert len(records) == 20 and interrupted > 3
 
 
@@ -375,6 +379,7 @@ def test_training_talking_and_evaluation_run_and_a_run_goes_on(studio, call, tmp
     assert trained and not any(name.startswith("encoder.") for name in trained)
     screen = call(duplex.talk.main, f"--model_path {tmp_path} {studio}/user0.wav --result_path {tmp_path}/reply.wav")
     samples, rate = soundfile.read(tmp_path / "reply.wav")
-    assert rate == 16000 and samples.shape[1] == 2 and len(samples) >= 32000 and "real-time factor" in screen.err
+    assert rate == 16000 and samples.shape[1] == 2 and "real-time factor" in screen.err
+    assert len(samples) >= soundfile.info(studio / "user0.wav").frames + 3 * 16000  # silence, in which it may answer
     figures = evaluate(model, open_conversations(studio / "talks.jsonl"), None, tmp_path)
     assert 0 <= figures["exact"] <= 1 and figures["real_time_factor"] > 0 and (tmp_path / "reply002.wav").is_file()

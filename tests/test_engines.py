@@ -63,7 +63,7 @@ def test_what_one_process_loses_stops_all_of_them_within_a_minute(loss, world, c
     flags += " --per_device_train_batch_size 2 --dataloader_num_workers 1 --dataloader_persistent_workers True"
     job = launch("train.py", f"{flags} --disable_tqdm True", processes=2)
     if loss != "a clip":
-        wait_until(lambda: "'loss'" in (job.logs / "out0").read_text(), job)
+        wait_until(lambda: "'loss'" in job.out, job)
         rank = job.processes[1].pid
         os.kill(children_of(rank)[0] if loss == "a loader process" else rank, signal.SIGKILL)
     job.wait(60)

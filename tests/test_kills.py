@@ -58,7 +58,7 @@ def test_training_killed_at_30_random_moments_ends_with_the_weights_of_a_run_nev
 
 
 def test_decoding_killed_at_30_random_moments_writes_the_file_of_one_never_stopped(world, trained, call, launch):
-    rows = [{"wav": f"clip{number % 20}.wav", "key": number, "txt": "hello"} for number in range(600)]
+    rows = [{"wav": f"clip{number % 20}.wav", "key": number, "txt": "hello"} for number in range(300)]
     write_manifest(world / "short.jsonl", rows)
     call(recognize.main, f"{DECODING} --batch_size 16 --result_path whole.jsonl")
     draw, kills = random.Random(0), 0
