@@ -15,11 +15,13 @@ python -m tools.benchmark --mean_seconds 12.3 --decode_batches 0 --compare="--ma
 
 import argparse
 import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout, suppress
 from copy import copy
 from functools import partial
@@ -55,7 +57,6 @@ from model import SpeechLLM, SpeechLLMConfig, WhisperEncoder, build_projector
 from projectors import PROJECTORS
 from train import LengthSampler
 
-ROOT = Path(__file__).parent.parent
 ENCODERS = {  # mel bins, width, heads, layers
     "tiny": (80, 384, 6, 4),
     "base": (80, 512, 8, 6),
@@ -375,15 +376,15 @@ def measure_decoding(model: SpeechLLM, dataset: SpeechDataset, args: argparse.Na
 def compare(argv: list[str], repeats: int, flags: str) -> dict[str, list[float]]:
     """Each figure's median over the turns: without the flags, with them, and of the ratios; or the first alone."""
     argv = [arg for arg in argv if not arg.startswith("--compare") and arg != flags]
-    turns = []
+    server, turns = multiprocessing.get_context("forkserver"), []
+    server.set_forkserver_preload(["train"])  # so that the libraries are imported once
     for extra in repeats * [[], flags.split() + ["--decode_batches=0"] * ("--fixed" in flags)]:
         # In a process of its own, because the highest memory use is that of a process.
-        words = ["-m", "tools.benchmark", *argv, "--json", *extra]
-        process = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-        if process.returncode:
-            last_line = process.stderr.strip().splitlines()[-1:] or ["killed, perhaps for want of memory"]
-            raise InputError(f"{' '.join(words)}: exit status {process.returncode}, {last_line[0]}")
-        turns.append(json.loads(process.stdout))
+        with ProcessPoolExecutor(1, server) as process:
+            try:
+                turns.append(process.submit(measure_one, [*argv, *extra]).result())
+            except BrokenProcessPool:
+                raise InputError(f"{' '.join([*argv, *extra])}: killed, perhaps for want of memory") from None
     figures = {}
     for name in turns[0]:
         without, with_flags = [turn[name] for turn in turns[::2]], [turn.get(name) for turn in turns[1::2]]
@@ -394,18 +395,22 @@ def compare(argv: list[str], repeats: int, flags: str) -> dict[str, list[float]]
     return figures
 
 
-def main(argv: list[str] | None = None) -> None:
+def measure_one(argv: list[str]) -> dict[str, float]:
+    """The figures of these flags."""
     args = parse(argv)
-    if args.compare:
-        figures = compare(sys.argv[1:] if argv is None else argv, args.repeats, args.compare)
-    else:
-        torch.manual_seed(0)
-        prompt_once.IS_ON = not args.prompt_anew
-        model = build_model(args)
-        with tempfile.TemporaryDirectory() as folder:
-            dataset = make_dataset(model, args, Path(folder))
-            figures = measure_training(model, dataset, args, Path(folder)) if args.steps else {}
-            figures |= measure_decoding(model, dataset, args) if args.decode_batches else {}
+    torch.manual_seed(0)
+    prompt_once.IS_ON = not args.prompt_anew
+    model = build_model(args)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = make_dataset(model, args, Path(folder))
+        figures = measure_training(model, dataset, args, Path(folder)) if args.steps else {}
+        return figures | (measure_decoding(model, dataset, args) if args.decode_batches else {})
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    figures = compare(argv, args.repeats, args.compare) if args.compare else measure_one(argv)
     if args.json:
         return print(json.dumps(figures))
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
