@@ -7,7 +7,6 @@ Shapes: B batch, A audio windows in the batch, S samples, M mel bins, F feature 
 """
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -59,7 +58,16 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | 
     Channels are averaged; other rates are resampled by soxr. `start` and `end` are seconds. Raises BadUtterance.
     """
     if isinstance(audio, str) or hasattr(audio, "open"):  # a path, or a file inside another: packed_audio.py
-        samples = read_samples(Clip(Path(audio) if isinstance(audio, str) else audio, start, end))
+        audio = Path(audio) if isinstance(audio, str) else audio
+        with open_audio(Clip(audio, start, end)) as file:
+            rate, first = file.samplerate, round(start * file.samplerate)  # Hz, and a frame of the file
+            last = file.frames if end is None else round(end * rate)  # one behind the last frame
+            if not 0 <= first < max(last, 1) <= file.frames + 0.1 * rate:  # rounded ends may lie a little outside
+                raise BadUtterance(f"{audio}: segment {start} to {end} s of {file.frames / rate:.2f} s")
+            if first:  # some formats cannot seek
+                file.seek(first)
+            samples = file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)  # (S, channels) -> (S,)
+        samples = soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
     else:
         samples, audio = np.asarray(audio), "audio array"
         if not np.issubdtype(samples.dtype, np.floating):
@@ -71,19 +79,6 @@ def load_audio(audio: str | Path | np.ndarray, start: float = 0.0, end: float | 
     if not np.isfinite(samples).all():
         raise BadUtterance(f"{audio}: the audio holds NaN or infinite samples")
     return samples
-
-
-def read_samples(clip: Clip) -> np.ndarray:
-    """Samples (S,) of a clip of a file, mono, 16 kHz."""
-    with open_audio(clip) as file:
-        rate, first = file.samplerate, round(clip.start * file.samplerate)  # Hz, and a frame of the file
-        last = file.frames if clip.end is None else round(clip.end * rate)  # one behind the last frame
-        if not 0 <= first < max(last, 1) <= file.frames + 0.1 * rate:  # rounded ends may lie a little outside
-            raise BadUtterance(f"{clip.audio}: segment {clip.start} to {clip.end} s of {file.frames / rate:.2f} s")
-        if first:  # some formats cannot seek
-            file.seek(first)
-        samples = file.read(last - first, dtype="float32", always_2d=True).mean(axis=1)  # (S, channels) -> (S,)
-    return soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
 
 
 def audio_seconds(record: dict) -> float:
@@ -98,21 +93,20 @@ def audio_seconds(record: dict) -> float:
     return total
 
 
-def known_durations(records: Records, indices: np.ndarray | None = None) -> tuple[np.ndarray, dict[int, str]]:
-    """Seconds of all records, or of those at `indices`, from headers where they do not state them.
+def known_durations(records: Records) -> tuple[np.ndarray, dict[int, str]]:
+    """Seconds of all records, from headers where they do not state them.
 
     NaN where a header cannot be read, and why, by the index of the record.
     """
-    indices = np.arange(len(records)) if indices is None else indices
-    durations, problems = np.array(records.durations[indices], dtype=float), {}  # a copy
+    durations, problems = np.array(records.durations, dtype=float), {}  # a copy
 
-    def read_headers(places: np.ndarray) -> None:
-        for place in places.tolist():
-            record = records[int(indices[place])]
+    def read_headers(indices: np.ndarray) -> None:
+        for index in indices.tolist():
+            record = records[index]
             try:
-                durations[place] = audio_seconds(record)
+                durations[index] = audio_seconds(record)
             except BadUtterance as error:
-                problems[int(indices[place])] = f"{record['where']}: {error}"
+                problems[index] = f"{record['where']}: {error}"
 
     with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
         list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
@@ -142,21 +136,12 @@ def open_audio(clip: Clip) -> Iterator[soundfile.SoundFile]:
 # Prompts
 
 
-def set_chat_template(tokenizer, template: str | None) -> None:
-    """Give the tokenizer a template in place of its own. A base LLM has none: it gets a plain one, and a warning."""
-    if template:
-        tokenizer.chat_template = template  # from --chat_template
-    elif tokenizer.chat_template is None:
-        warnings.warn(f"{tokenizer.name_or_path}: no chat template; taking a plain one, 'user: ...'", stacklevel=2)
-        tokenizer.chat_template = PLAIN_TEMPLATE
-
-
 def render_prompt(tokenizer, prompt: str | list[dict], system_prompt: str | None = None) -> tuple[list[list[int]], int]:
     """Token ids of the pieces of a prompt around each <audio>, up to the answer; and the id of the answer's end token.
 
     `prompt` is the user's turn, or the turns of a conversation. The chat template is rendered as text, split at <audio>
     and tokenised piece by piece, so the vocabulary needs no new token. The end token is what the template puts after an
-    answer, else the tokenizer's eos. Raises BadUtterance where the template refuses (Mistral's knows no system prompt).
+    answer, else the tokenizer's eos. Raises InputError where the template refuses (Mistral's knows no system prompt).
     """
     if isinstance(prompt, str):
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
@@ -174,7 +159,8 @@ def render_template(tokenizer, chat_template: str, turns: tuple[tuple[str, str],
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
-            raise BadUtterance(f"the chat template refuses the conversation ({error})") from None
+            cure = "wanted another --system_prompt, --prompt or --chat_template"
+            raise InputError(f"the chat template refuses the conversation ({error}); {cure}") from None
 
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -228,7 +214,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         self.limit = (self.max_seconds or np.inf) + 0.01  # seconds; times are rounded
-        self.durations, self.bad = self.measure()
+        durations, self.bad = known_durations(self.records)
+        for index in np.flatnonzero(durations > self.limit).tolist():
+            self.bad[index] = f"{self.records[index]['where']}: {TOO_LONG.format(durations[index], self.max_seconds)}"
+        self.durations = np.nan_to_num(durations)  # 0 where nobody knows
         if self.bad and self.on_bad == "error":
             more = f" (and {len(self.bad) - 1} lines more)" if len(self.bad) > 1 else ""
             raise BadUtterance(f"{self.bad[min(self.bad)]}{more}")
@@ -237,13 +226,6 @@ class SpeechDataset(torch.utils.data.Dataset):
         left_out = list(self.bad) if self.on_bad == "skip" else []
         self.indices = np.delete(np.arange(len(self.records)), left_out)  # of the records, by position
         self.seconds = self.durations[self.indices] if left_out else self.durations  # by position
-
-    def measure(self) -> tuple[np.ndarray, dict[int, str]]:
-        """Seconds of every record, 0 where nobody knows; and what is wrong, by index."""
-        durations, bad = known_durations(self.records)
-        for index in np.flatnonzero(durations > self.limit).tolist():
-            bad[index] = f"{self.records[index]['where']}: {TOO_LONG.format(durations[index], self.max_seconds)}"
-        return np.nan_to_num(durations), bad
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -266,7 +248,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                     random = np.random.default_rng([self.seed, epoch, index])  # the same in any process, at any time
                     clips = [self.augment(samples, random) for samples in clips]
                 return {"index": index, "bad": None, **self.render(record, clips)}
-            except BadUtterance as error:
+            except InputError as error:  # a BadUtterance, or a chat template that refuses this conversation
                 reason = f"{record['where']}: {error}"
                 if self.on_bad == "error":
                     raise BadUtterance(reason) from None

@@ -20,6 +20,7 @@ in another thread. The shape letters are model.py's.
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -36,6 +37,7 @@ from transformers import (
     PreTrainedModel,
     WhisperConfig,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
@@ -115,7 +117,12 @@ def load_parts(
     **options,
 ) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
     """The model of this config and its feature extractor. `options` go to errors.load_pretrained. Raises InputError."""
-    with as_input_error(name, "load a speech encoder", WANTED):
+    whole = nullcontext
+    if is_deepspeed_zero3_enabled():
+        import zero3
+
+        whole = zero3.unsharded  # some encoders cannot be built in shards
+    with as_input_error(name, "load a speech encoder", WANTED), whole():
         feature_extractor = AutoFeatureExtractor.from_pretrained(name, revision=revision, trust_remote_code=False)
         options |= {"config": config, "dtype": dtype or "auto", "revision": revision or "main"}
         model = load_pretrained(model_class, name, **options)

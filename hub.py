@@ -1,9 +1,11 @@
 """Sharing: Hub names, folders that hold the frozen parts too, the model card, and pushing."""
 
 import copy
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +66,8 @@ def save_frozen_parts(
     tokenizer: PreTrainedTokenizerBase,
     saved_names: list[str],
     is_merged: bool,
-) -> None:
-    """Write encoder/, llm/ and a model card into a folder, and change the config so that it names them there."""
+) -> "SpeechLLMConfig":
+    """Write encoder/, llm/ and a model card into a folder; the config that names them there."""
     title = folder.resolve().parent.name  # the folder is the unfinished one inside that of the model
     (folder / "README.md").write_text(model_card(config, saved_names, is_merged, title), encoding="utf-8")
     if not callable(getattr(encoder, "save_pretrained", None)):
@@ -73,9 +75,29 @@ def save_frozen_parts(
     encoder.save_pretrained(folder / "encoder", state_dict=without_lora(encoder.model))
     tokenizer.save_pretrained(folder / "llm")
     llm.save_pretrained(folder / "llm", state_dict=without_lora(llm))
+    config = copy.deepcopy(config)
     config.origin = origin_of(config, is_merged) or None
     config.encoder_name_or_path, config.llm_model_name_or_path = "encoder", "llm"
     config.encoder_revision = config.llm_revision = None
+    return config
+
+
+@contextmanager
+def new_files_in(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which go to `folder` together at the end; after an error, none does."""
+    partial_folder = folder / "model.partial"
+    shutil.rmtree(partial_folder, ignore_errors=True)  # left by a kill
+    partial_folder.mkdir(parents=True)  # on the same disk, so that files can be moved in one step
+    try:
+        yield partial_folder
+        mode = (partial_folder / "config.json").stat().st_mode
+        for new in [path for path in partial_folder.rglob("*") if path.is_file()]:
+            new.chmod(mode)  # safetensors makes files that nobody else may read
+            old = folder / new.relative_to(partial_folder)
+            old.parent.mkdir(parents=True, exist_ok=True)
+            new.replace(old)  # each file is the old one or the new one, never half of it
+    finally:
+        shutil.rmtree(partial_folder)  # after an error too
 
 
 def without_lora(module: nn.Module) -> dict[str, Tensor]:
@@ -99,18 +121,18 @@ def config_for_others(config: "SpeechLLMConfig", is_merged: bool) -> "SpeechLLMC
 
 
 def push(
-    write: Callable[[Path, "SpeechLLMConfig"], None],
+    write: Callable[..., None],
     config: "SpeechLLMConfig",
     saved_names: list[str],
     is_merged: bool,
     repo_id: str,
     include_frozen: bool,
-    revision: str | None,
+    revision: str | None = None,
     commit_message: str = "Speech recognition: trained weights and config",
     token: str | None = None,
     **options,
 ) -> str:
-    """Upload the files that `write` puts into a folder for a config, and the model card; the commit's address.
+    """Upload the files that write(folder, config=config) makes, and the model card; the commit's address.
 
     `options` are those of create_repo: private ... Nothing is made on the Hub if `write` fails.
     """
@@ -121,7 +143,7 @@ def push(
         warnings.warn(f"{repo_id}: others do not have {' and '.join(local)} of this machine; {cure}", stacklevel=3)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), config)
+        write(folder, config=config)
         repo_id = api.create_repo(repo_id, exist_ok=True, **options).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

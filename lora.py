@@ -37,6 +37,9 @@ def add_lora(module: nn.Module, rank: int, targets: list[str], alpha: float, dro
     try:
         config = LoraConfig(target_modules=names, r=rank, lora_alpha=alpha, lora_dropout=dropout)
         inject_adapter_in_model(config, module)
+        for name, p in module.named_parameters():
+            if ".lora_" in name and not hasattr(p, "ds_id"):  # ZeRO-3 holds fp32 copies itself
+                p.data = p.data.float()  # beside layers of any dtype: bf16 rounds AdamW's steps away
     except ValueError as error:
         raise InputError(f"LoRA: {str(error).splitlines()[0]}; {cure}") from None
 

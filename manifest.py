@@ -26,7 +26,6 @@ PROMPT = f"{AUDIO}\nTranscribe the speech"
 SPEECH, BOUNDARY = -1, (-2, -3)  # in input_ids: a speech embedding; the vectors before and after a clip
 TYPES = {"wav": str, "txt": str, "prompt": str, "messages": list, "key": (str, int, float)}
 SECONDS = ("start", "end", "duration")  # keys of a record
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors on Windows put it before the first line
 
 
 class Records(Protocol):
@@ -80,12 +79,11 @@ class Manifest(Sequence):
         return len(self.durations)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]  # raises IndexError past the end, where iteration stops
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])  # where the line begins
-            record = orjson.loads(file.readline().removeprefix(BYTE_ORDER_MARK))
-        return without_nulls(record) | {"where": f"{self.path}:{index + 1}", "folder": self.path.parent}
+            where = f"{self.path}:{index + 1}"
+            return parse_line(file.readline(), where, needs_text=False) | {"where": where, "folder": self.path.parent}
 
     def fingerprint(self, count: int | None = None) -> str:
         digest = sha256()  # of the bytes: the file is not parsed again
@@ -104,7 +102,7 @@ def parse_line(line: bytes, where: str, needs_text: bool) -> dict:
         raise InputError(f"{where}: a blank line; wanted one JSON object a line")
     try:
         # Four times as quick as json, and stricter: half a character, "\ud800", could be written to no result file.
-        record = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
+        record = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))  # some editors on Windows begin a file so
     except orjson.JSONDecodeError as error:
         raise InputError(f"{where}: malformed JSON ({error}); wanted one object a line") from None
     if not isinstance(record, dict):
@@ -132,10 +130,8 @@ def check_record(record: dict, where: str, needs_text: bool) -> None:
         from conversations import check_messages  # an option
 
         check_messages(record, where, needs_text, AUDIO)
-    elif "wav" not in record or (needs_text and "txt" not in record):
-        needed = ["wav", "txt"] if needs_text else ["wav"]
-        missing = [key for key in needed if key not in record]
-        raise InputError(f"{where}: missing {missing}; every line needs {' and '.join(map(repr, needed))}")
+    elif missing := [key for key in ("wav", "txt")[: 1 + needs_text] if key not in record]:
+        raise InputError(f"{where}: missing {missing}; every line needs 'wav'" + " and 'txt'" * needs_text)
 
 
 def transcript_of(record: dict) -> str | None:

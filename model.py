@@ -11,7 +11,6 @@ import copy
 import inspect
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,26 +24,26 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.dataclasses import type_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, WhisperFeatureExtractor
 from transformers.activations import ACT2FN
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
-from dataset import IGNORE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt, set_chat_template
-from errors import BadUtterance, InputError, as_input_error, load_pretrained, nearest
+from dataset import IGNORE, PLAIN_TEMPLATE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt
+from errors import InputError, as_input_error, load_pretrained, nearest
 from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records, option
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
 LORA = r"\.lora_"  # in the name of every parameter of LoRA
+RANGES = {"encoder_dropout": (0, 1), "lora_dropout": (0, 1), "lora_r": (0, 1e9), "encoder_lora_r": (0, 1e9)}
+RANGES |= {f"projector_{name}": (1, 1e9) for name in ("stride", "hidden_size", "num_layers")}
 SHORT_PROMPT = 8  # tokens before <audio>; what the LLM makes of more is computed once, not for every batch
 AUDIO_OF_BATCH = {"input_features", "input_values", "feature_lengths"}  # a batch of `collate` has two of them
-AUDIO_INPUTS = AUDIO_OF_BATCH | {"audio_attention_mask", "speech_embeds"}
+INPUTS = AUDIO_OF_BATCH | {"audio_attention_mask", "speech_embeds", "input_ids", "attention_mask"}
 
 
 # Config
@@ -125,10 +124,6 @@ class SpeechLLMConfig(PreTrainedConfig, ModelArguments):
         """What config.json holds: our fields. transformers' say nothing of such a model, and Trainer adds more."""
         values = {name: getattr(self, name) for name in self.own_fields()}
         return copy.deepcopy({"model_type": self.model_type, "architectures": self.architectures} | values)
-
-
-RANGES = {"encoder_dropout": (0, 1), "lora_dropout": (0, 1), "lora_r": (0, 1e9), "encoder_lora_r": (0, 1e9)}
-RANGES |= {f"projector_{name}": (1, 1e9) for name in ("stride", "hidden_size", "num_layers")}
 
 
 # Whisper
@@ -285,16 +280,15 @@ def load_llm(
     config: SpeechLLMConfig, device=None, **options
 ) -> tuple[transformers.PreTrainedTokenizerBase, PreTrainedModel]:
     """(tokenizer, causal LLM) of a config, on the device; `options` are those of from_pretrained. Raises InputError."""
-    options |= {"dtype": config.frozen_dtype, "trust_remote_code": False}
-    options["device_map"] = {"": device} if device else None
     if config.quantize:
         from quantize import quantization_config  # an option
 
         options["quantization_config"] = quantization_config(config.quantize)
-    name, revision = config.llm_model_name_or_path, config.llm_revision
+    name, source = config.llm_model_name_or_path, {"revision": config.llm_revision, "trust_remote_code": False}
+    options |= source | {"dtype": config.frozen_dtype, "device_map": {"": device} if device else None}
     with as_input_error(name, "load the LLM", "a folder or Hub name of a causal LLM, with its tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        llm = load_pretrained(transformers.AutoModelForCausalLM, name, revision=revision, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+        llm = load_pretrained(transformers.AutoModelForCausalLM, name, **options)
     if not tokenizer("Transcribe the speech").input_ids:
         raise InputError(f"{name}: a tokenizer without a vocabulary; wanted its tokenizer.json or the like")
     return tokenizer, llm
@@ -332,8 +326,7 @@ class SpeechLLM(PreTrainedModel):
         self.is_merged = False  # LoRA has gone into the weights of the LLM or the encoder
         self.ever_trained: set[str] = set()  # names of parameters that were loaded, or unfrozen for a time: saved
 
-        set_chat_template(tokenizer, config.chat_template)
-        self.set_stop_tokens()  # checks the prompt too
+        self.set_prompt()
         # PyTorch would multiply the slice that logits_to_keep takes row by row, reading the whole matrix for each.
         llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if config.lora_r or config.encoder_lora_r or config.lora_target_modules:
@@ -349,24 +342,27 @@ class SpeechLLM(PreTrainedModel):
         if not config.encoder_name_or_path or not config.llm_model_name_or_path:
             raise InputError("wanted an encoder and an LLM: --encoder_name_or_path and --llm_model_name_or_path")
         tokenizer, llm = load_llm(config, device, **options)
-        names, load = (config.encoder_name_or_path, config.encoder_revision, config.encoder_layer), load_encoder
-        if is_deepspeed_zero3_enabled():
-            import zero3  # an option
-
-            load = zero3.unsharded()(load_encoder)  # some encoders cannot be built in shards
-        encoder = load(*names, llm.dtype)
+        encoder = load_encoder(config.encoder_name_or_path, config.encoder_revision, config.encoder_layer, llm.dtype)
         projector = build_projector(config, encoder.output_size, llm.config.get_text_config().hidden_size)  # D -> H
-        model = cls(with_lasting_names(config), encoder, projector, llm, tokenizer)
+        model = cls(config, encoder, projector, llm, tokenizer)
         for part in set(model.children()) - {llm}:
             part.to(device or llm.device)  # the LLM was loaded there
+        for part, revision in config.PARTS:  # absolute paths, and the commits that Hub names stand for today
+            name, version = getattr(config, part), getattr(config, revision)
+            if Path(name).exists():
+                setattr(model.config, part, str(Path(name).absolute()))
+                if version:
+                    raise InputError(f"{name}: revision {version} of local files; wanted none, or a Hub name")
+            elif "/" in name and ":" not in name:
+                import hub  # an option
+
+                setattr(model.config, revision, hub.commit_of(name, version))
         return model
 
     @classmethod
-    def from_parts(
-        cls, encoder: str, llm: str, projector: str = "conv1d", device=None, dtype: str = "auto", **others
-    ) -> "SpeechLLM":
+    def from_parts(cls, encoder: str, llm: str, device=None, dtype: str = "auto", **others) -> "SpeechLLM":
         """An untrained model; the others are fields of SpeechLLMConfig, `dtype` is that of the frozen weights."""
-        names = {"encoder_name_or_path": str(encoder), "llm_model_name_or_path": str(llm), "projector": projector}
+        names = {"encoder_name_or_path": str(encoder), "llm_model_name_or_path": str(llm)}
         return cls.from_config(cls.config_class(**names, frozen_dtype=dtype, **others), device)
 
     @classmethod
@@ -378,7 +374,14 @@ class SpeechLLM(PreTrainedModel):
         `overrides` are fields of its config. Where there is no config.json they can name the parts in its stead.
         """
         overrides |= {"frozen_dtype": dtype} if dtype else {}
-        weights = find_weights(name_or_path, revision, token)  # model.safetensors
+        path = Path(name_or_path)
+        if not path.is_dir() and path.suffix != ".safetensors":
+            import hub  # an option
+
+            path = hub.download(str(name_or_path), revision, token)
+        elif revision:
+            raise InputError(f"{name_or_path}: revision {revision} of local files; wanted none, or a Hub name")
+        weights = path / "model.safetensors" if path.is_dir() else path  # the file itself, beside its config.json
         model = cls.from_config(load_config(weights.parent, cls.config_class, **overrides), device)
         model.load_trained(weights)
         return model
@@ -401,18 +404,20 @@ class SpeechLLM(PreTrainedModel):
         options |= {n: getattr(self.config, n) for n in "prompt system_prompt pad_to_30s audio_boundary_tokens".split()}
         return SpeechDataset(records, self.tokenizer, self.encoder.extract, self.embedding_counts, **options)
 
-    def set_stop_tokens(self) -> None:
-        """Make the LLM's generation_config hold its stop tokens and nothing else, and check the prompt."""
-        config, name = self.config, self.tokenizer.name_or_path
-        try:
-            pieces, end_id = render_prompt(self.tokenizer, config.prompt, config.system_prompt)
-        except BadUtterance as error:
-            raise InputError(f"{name}: {error}; wanted another --system_prompt, --prompt or --chat_template") from None
+    def set_prompt(self) -> None:
+        """Give the tokenizer its chat template, and the LLM its stop tokens; check the prompt."""
+        config, tokenizer = self.config, self.tokenizer
+        if config.chat_template:
+            tokenizer.chat_template = config.chat_template
+        elif tokenizer.chat_template is None:  # of a base LLM
+            warnings.warn(f"{tokenizer.name_or_path}: no chat template; taking a plain one, 'user: ...'", stacklevel=2)
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        pieces, end_id = render_prompt(tokenizer, config.prompt, config.system_prompt)
         if len(pieces) != 2:
             raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it or in --chat_template, once")
         self.prompt_ids = pieces[0]  # token ids up to <audio>
         stop_ids = np.atleast_1d(self.llm.generation_config.eos_token_id).tolist()  # one, several or None
-        stop_ids = sorted({end_id, self.tokenizer.eos_token_id, *stop_ids} - {None})  # any of them ends an answer
+        stop_ids = sorted({end_id, tokenizer.eos_token_id, *stop_ids} - {None})  # any of them ends an answer
         # The LLM's own defaults (Qwen2: sampling, a repetition penalty) are for chat.
         self.llm.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=end_id)
 
@@ -464,14 +469,7 @@ class SpeechLLM(PreTrainedModel):
     # Training
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        index: list | None = None,
-        bad: list | None = None,
-        **audio: Tensor,
+        self, *, labels: Tensor | None = None, num_items_in_batch=None, index=None, bad=None, **inputs: Tensor
     ) -> CausalLMOutput:
         """Logits, and the loss if there are labels; inputs are those of `inputs_for_llm`.
 
@@ -480,7 +478,7 @@ class SpeechLLM(PreTrainedModel):
         trained tokens and divided by num_items_in_batch: those of the optimiser's step on all devices, or, if None, of
         this batch. `index` and `bad` come with a batch of `collate` and are not used here.
         """
-        inputs = self.inputs_for_llm(input_ids, attention_mask, **audio) | {"use_cache": False}
+        inputs = self.inputs_for_llm(**inputs) | {"use_cache": False}
         mask = inputs["attention_mask"]  # (B, L)
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left: text starts at position 0
         if labels is None:
@@ -502,25 +500,23 @@ class SpeechLLM(PreTrainedModel):
     # Decoding
 
     @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, prompts=None, **options
-    ) -> Tensor:
+    def generate(self, *, prompts: list[list[dict]] | None = None, **options) -> Tensor:
         """Ids (B, new) of the answers to `prompts`, or to the inputs of `inputs_for_llm`.
 
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
         `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
-        audio = {name: options.pop(name) for name in AUDIO_INPUTS & options.keys()}  # the rest is for transformers
+        tensors = {name: options.pop(name) for name in INPUTS & options.keys()}  # the rest is for transformers
         if prompts is not None:
             import inputs  # an option
 
-            if audio or input_ids is not None:
+            if tensors:
                 raise ValueError("wanted prompts, or tensors of audio and text; not both")
             dataset = self.make_dataset(inputs.records_of(prompts), max_length=self.max_length)
             return self.generate(**self.tensors_of(collate(list(dataset), with_targets=False)), **options)
         with self.in_eval_mode():  # in training mode, layers that recompute their activations keep no cache
-            llm_inputs = self.inputs_for_llm(input_ids, attention_mask, **audio)
-            if "feature_lengths" not in audio:
+            llm_inputs = self.inputs_for_llm(**tensors)
+            if "feature_lengths" not in tensors:
                 import inputs  # an option
 
                 llm_inputs = inputs.pad_to_the_left(**llm_inputs)
@@ -631,22 +627,18 @@ class SpeechLLM(PreTrainedModel):
         """Train what no pattern of freeze_params matches by name, or one of prevent_freeze_params does."""
         config = self.config
         exceptions = config.prevent_freeze_params + [LORA] * bool(config.lora_r or config.encoder_lora_r)
-        names: dict[nn.Parameter, list[str]] = {}  # tied weights have two names
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        all_names = sum(names.values(), [])  # for the messages
+        named = list(self.named_parameters(remove_duplicate=False))  # tied weights come twice, by two names
+        matches: dict[str, set[nn.Parameter]] = {}  # by pattern
         for pattern in [*config.freeze_params, *exceptions]:
-            try:
-                is_used = any(re.search(pattern, name) for name in all_names)
-            except re.error as error:
-                raise InputError(f"freeze pattern {pattern!r} is no regular expression ({error})") from None
-            if not is_used and pattern not in FROZEN:  # some encoder may have no parameters
-                examples = ", ".join(all_names[:: len(all_names) // 4])
+            with as_input_error(f"freeze pattern {pattern!r}", "read it", "a regular expression"):
+                matches[pattern] = {parameter for name, parameter in named if re.search(pattern, name)}
+            if not matches[pattern] and pattern not in FROZEN:  # some encoder may have no parameters
+                examples = ", ".join(name for name, _ in named[:: len(named) // 4])
                 raise InputError(f"freeze pattern {pattern!r} matches no parameter; there are {examples} ...")
-        for parameter, its_names in names.items():
-            is_frozen = any(re.search(pattern, name) for pattern in config.freeze_params for name in its_names)
-            is_exception = any(re.search(pattern, name) for pattern in exceptions for name in its_names)
-            parameter.requires_grad_((not is_frozen or is_exception) and parameter.is_floating_point())
+        frozen = {parameter for pattern in config.freeze_params for parameter in matches[pattern]}
+        frozen -= {parameter for pattern in exceptions for parameter in matches[pattern]}
+        for _, parameter in named:
+            parameter.requires_grad_(parameter not in frozen and parameter.is_floating_point())
         self.hold_trained_weights_in_fp32()
 
     def hold_trained_weights_in_fp32(self) -> None:
@@ -654,15 +646,12 @@ class SpeechLLM(PreTrainedModel):
 
         ZeRO-3, whose parameters have a ds_id, holds fp32 copies itself. LoRA is fp32 beside an LLM of any dtype.
         """
-        for part in (self.encoder, self.llm):
+        for part in self.children():
             own = [p for name, p in part.named_parameters() if p.requires_grad and not re.search(LORA, name)]
             if own and self.config.quantize and part is self.llm:
                 raise InputError("--quantize: quantised weights cannot be trained; use --lora_r, or leave it out")
             if any(p.dtype != torch.float32 and not hasattr(p, "ds_id") for p in own):
                 part.float()  # layers of two dtypes do not go together
-        for p in self.parameters():
-            if p.requires_grad and p.dtype != torch.float32 and not hasattr(p, "ds_id"):
-                p.data = p.data.float()  # LoRA, the projector
 
     def set_trained(self, part: str, is_trained: bool) -> None:
         """Freeze or unfreeze all parameters of a part; what was trained till now is saved all the same."""
@@ -725,111 +714,71 @@ class SpeechLLM(PreTrainedModel):
         return {n: p for n, p in parameters.items() if p.requires_grad or n in self.ever_trained or n not in of_parts}
 
     def save_pretrained(
-        self, folder: str | Path, include_frozen: bool = False, state_dict=None, is_main_process: bool = True, **options
+        self, folder: str | Path, include_frozen: bool = False, state_dict=None, is_main_process=True, config=None
     ) -> None:
         """Write config.json and what was trained (taken from `state_dict` if it lives elsewhere).
 
-        With `include_frozen` the encoder and the LLM too, and a model card: the folder then needs nothing else. A save
-        that fails leaves the folder as it was. `options` are what Trainer and accelerate say of the files' form.
+        With `include_frozen` the encoder and the LLM too, and a model card: the folder then needs nothing else. Files
+        are the old ones or the new ones, never half written. `config` goes into config.json in place of the model's.
         """
-        if options.get("push_to_hub"):
-            raise ValueError("save_pretrained(push_to_hub=True): wanted model.push_to_hub(repo_id)")
-        if is_main_process:
-            with new_files_in(Path(folder)) as partial_folder:
-                self.write_files(partial_folder, self.config, include_frozen, state_dict)
-
-    def write_files(
-        self, folder: Path, config: SpeechLLMConfig, include_frozen: bool, state_dict: dict[str, Tensor] | None
-    ) -> None:
-        """Write config.json, trained weights and perhaps the frozen parts into a folder."""
-        if self.is_merged and not include_frozen:
-            raise InputError("LoRA was merged into the LLM's weights; save them too, with include_frozen=True")
-        config, parameters = copy.deepcopy(config), self.parameters_to_save()
-        config.architectures = [type(self).__name__]  # as config.json of any model of transformers says
-        if include_frozen:
+        config = config or self.config
+        if is_main_process and include_frozen:
             import hub  # an option
 
-            parts = self.encoder, self.llm, self.tokenizer
-            hub.save_frozen_parts(folder, config, *parts, list(parameters), self.is_merged)
+            parts, names = (self.encoder, self.llm, self.tokenizer), list(self.parameters_to_save())
+            with hub.new_files_in(Path(folder)) as new:
+                self.write_files(new, hub.save_frozen_parts(new, config, *parts, names, self.is_merged), state_dict)
+        elif is_main_process:
+            if self.is_merged:
+                raise InputError("LoRA was merged into the LLM's weights; save them too, with include_frozen=True")
+            self.write_files(Path(folder), config, state_dict)
+
+    def write_files(self, folder: Path, config: SpeechLLMConfig, state_dict: dict[str, Tensor] | None) -> None:
+        """Write trained weights and a config into a folder."""
+        parameters = self.parameters_to_save()
         source = parameters if state_dict is None else state_dict  # ZeRO-3 gathers whole weights for state_dict
         state = {name: source[name].detach().contiguous().cpu() for name in parameters}
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, new_config = folder / "model.safetensors", folder / "config.json.new"
+        save_file(state, weights, {"format": "pt"})  # into another file, which is renamed at the end
+        values = config.to_dict() | {"architectures": [type(self).__name__]}  # as any model of transformers has it
+        new_config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        weights.chmod(new_config.stat().st_mode)  # safetensors makes files that nobody else may read
+        new_config.replace(folder / "config.json")
 
     def load_trained(self, path: str | Path, only: str | None = None) -> None:
-        """Read what was trained, tensor by tensor; InputError names every missing, extra or wrongly shaped one.
+        """Copy what was trained from a file; InputError names missing, extra and wrongly shaped tensors.
 
         Weights of the encoder or the LLM may be among them: they were trained, are held in fp32, and are saved again.
         With `only`, the name of a part, tensors of other parts may be missing: they start new, and a warning says so.
         """
         parameters, saved = dict(self.named_parameters()), self.parameters_to_save()
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                wanted = {name: tuple(p.shape) for name, p in parameters.items() if name in saved or name in shapes}
-                if only and (new := [n for n in wanted if n not in shapes and not n.startswith(f"{only}.")]):
-                    warnings.warn(f"{path}: without {new[0]} and the like ({len(new)}): they start new", stacklevel=2)
-                    wanted = {name: shape for name, shape in wanted.items() if name not in new}
-                if shapes != wanted:
-                    c = self.config
-                    made_for = f"encoder width {c.encoder_size}, LLM width {c.hidden_size}, {c.projector} projector of "
-                    made_for += f"stride {c.projector_stride}, hidden size {c.projector_hidden_size}"
-                    raise InputError(f"{path}: does not fit {made_for}: {misfits(shapes, wanted)}")
-                for name in shapes:
-                    if file.get_slice(name).get_dtype() == "F32" and parameters[name].dtype != torch.float32:
-                        self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
-                    parameters[name].detach().copy_(file.get_tensor(name))  # one tensor in memory at a time
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot read the trained weights ({error})") from None
+        with as_input_error(str(path), "read the trained weights", "a model.safetensors that was saved here"):
+            weights = load_file(path)  # pages of the file, which come into memory as they are copied
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        wanted = {name: tuple(p.shape) for name, p in parameters.items() if name in saved or name in shapes}
+        if only and (new := [n for n in wanted if n not in shapes and not n.startswith(f"{only}.")]):
+            warnings.warn(f"{path}: without {new[0]} and the like ({len(new)}): they start new", stacklevel=2)
+            wanted = {name: shape for name, shape in wanted.items() if name not in new}
+        if wrong := [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]:
+            c = self.config
+            made_for = f"encoder width {c.encoder_size}, LLM width {c.hidden_size}, {c.projector} projector of "
+            made_for += f"stride {c.projector_stride}, hidden size {c.projector_hidden_size}"
+            texts = [f"{n} is {shapes.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong[:12]]
+            raise InputError(f"{path}: does not fit {made_for} ({len(wrong)} tensors): {'; '.join(texts)}")
+        for name, weight in weights.items():
+            if weight.dtype == torch.float32 and parameters[name].dtype != torch.float32:
+                self.get_submodule(name.partition(".")[0]).float()  # the part that the weight belongs to
+            parameters[name].detach().copy_(weight)
         self.ever_trained |= shapes.keys()  # so that they are saved again
 
-    def push_to_hub(
-        self, repo_id: str, include_frozen: bool = False, revision: str | None = None, state_dict=None, **options
-    ) -> str:
+    def push_to_hub(self, repo_id: str, include_frozen: bool = False, state_dict=None, **options) -> str:
         """Upload what `save_pretrained` writes, and a model card, to the Hub; `options` are those of hub.push."""
         import hub  # an option
 
-        write = partial(self.write_files, include_frozen=include_frozen, state_dict=state_dict)
-        saved = list(self.parameters_to_save())  # names
-        return hub.push(write, self.config, saved, self.is_merged, repo_id, include_frozen, revision, **options)
-
-
-def misfits(shapes: dict[str, tuple], wanted: dict[str, tuple]) -> str:
-    """What is wrong with the tensors of a file, the first twelve."""
-    wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
-    texts = [f"{n} is {shapes.get(n, 'missing')}, wanted {wanted.get(n, 'no such tensor')}" for n in wrong[:12]]
-    texts += [f"and {len(wrong) - 12} more"] * (len(wrong) > 12)
-    return "; ".join(texts)
-
-
-@contextmanager
-def new_files_in(folder: Path) -> Iterator[Path]:
-    """A folder to write files into, which go to `folder` together at the end; after an error, none does."""
-    partial_folder = folder / "model.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)  # left by a kill
-    partial_folder.mkdir(parents=True)  # on the same disk, so that files can be moved in one step
-    try:
-        yield partial_folder
-        mode = (partial_folder / "config.json").stat().st_mode
-        for new in [path for path in partial_folder.rglob("*") if path.is_file()]:
-            new.chmod(mode)  # safetensors makes files that nobody else may read
-            old = folder / new.relative_to(partial_folder)
-            old.parent.mkdir(parents=True, exist_ok=True)
-            new.replace(old)  # each file is the old one or the new one, never half of it
-    finally:
-        shutil.rmtree(partial_folder)  # after an error too
-
-
-def find_weights(name_or_path: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The trained weights in a local folder, or in the one that a Hub name is downloaded to; a file is itself."""
-    path = Path(name_or_path)
-    if not path.is_dir() and path.suffix != ".safetensors":
-        import hub  # an option
-
-        path = hub.download(str(name_or_path), revision, token)
-    elif revision:
-        raise InputError(f"{name_or_path}: revision {revision} of local files; wanted none, or a Hub name")
-    return path / "model.safetensors" if path.is_dir() else path  # the file itself, beside its config.json
+        write = partial(self.save_pretrained, include_frozen=include_frozen, state_dict=state_dict)
+        names = list(self.parameters_to_save())
+        return hub.push(write, self.config, names, self.is_merged, repo_id, include_frozen, **options)
 
 
 def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides) -> SpeechLLMConfig:
@@ -852,19 +801,3 @@ def load_config(folder: Path, config_class: type = SpeechLLMConfig, **overrides)
         elif values.get(part) and (folder / values[part]).exists():  # a frozen part in the folder itself
             values[part] = str((folder / values[part]).absolute())
     return config_class(**{**values, **overrides})  # the latter win
-
-
-def with_lasting_names(config: SpeechLLMConfig) -> SpeechLLMConfig:
-    """The config with absolute paths, and the commits that Hub names stand for today."""
-    config = copy.deepcopy(config)
-    for part, revision_of_part in config.PARTS:
-        name, revision = getattr(config, part), getattr(config, revision_of_part)
-        if Path(name).exists():
-            if revision:
-                raise InputError(f"{name}: revision {revision} of local files; wanted none, or a Hub name")
-            setattr(config, part, str(Path(name).absolute()))
-        elif "/" in name and ":" not in name:
-            import hub  # an option
-
-            setattr(config, revision_of_part, hub.commit_of(name, revision))
-    return config

@@ -14,7 +14,7 @@ from dataset import known_durations, load_audio
 from errors import InputError
 from manifest import SAMPLE_RATE, Records
 from mixture import Mixture, say
-from sources import audio_files
+from sources import Subset, audio_files
 
 if TYPE_CHECKING:
     from train import DataArguments
@@ -121,7 +121,8 @@ def add(records: Records, data: "DataArguments", seed: int) -> Mixture:
         raise InputError(f"--no_speech_share {share}: wanted a share of an epoch, from 0 to below 1")
     lengths = records.durations
     if np.isnan(lengths).all():
-        lengths, _ = known_durations(records, np.arange(0, len(records), -(-len(records) // MOST_HEADERS)))
+        some = np.arange(0, len(records), -(-len(records) // MOST_HEADERS))
+        lengths, _ = known_durations(Subset(records, some, lengths[some]))
     lengths = lengths[(lengths > 0) & (lengths <= (data.max_seconds or np.inf))]  # NaN is neither
     if not len(lengths):
         raise InputError(f"--no_speech_share {share}: no record has a known length; wanted audio that can be read")

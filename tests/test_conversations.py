@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import train
 from conversations import with_labels
-from dataset import IGNORE, collate, render_prompt, set_chat_template
+from dataset import IGNORE, PLAIN_TEMPLATE, collate, render_prompt
 from errors import BadUtterance, InputError
 from inputs import records_of
 from manifest import AUDIO, SPEECH
@@ -197,7 +197,7 @@ def test_what_the_llm_reads_is_the_same_whatever_is_trained(model):
 @pytest.mark.parametrize("llm", LLMS)
 def test_an_earlier_answer_is_trained_by_every_familys_template(llm, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(LLMS[llm](tmp_path))
-    set_chat_template(tokenizer, None)
+    tokenizer.chat_template = PLAIN_TEMPLATE
     turns = [{"role": "user", "content": "Hear <audio>"}, {"role": "assistant", "content": "hello world"}]
     ids, labels = with_labels(
         [*turns, {"role": "user", "content": "More"}], [[SPEECH]], tokenizer, render_prompt, AUDIO, IGNORE

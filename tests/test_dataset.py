@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from dataset import (
     IGNORE,
+    PLAIN_TEMPLATE,
     WINDOW,
     SpeechDataset,
     audio_seconds,
@@ -26,7 +27,6 @@ from dataset import (
     length_mask,
     load_audio,
     render_prompt,
-    set_chat_template,
 )
 from errors import BadUtterance, InputError
 from manifest import AUDIO, BOUNDARY, SAMPLE_RATE, SPEECH, Manifest
@@ -444,10 +444,9 @@ def test_the_end_token_is_what_the_template_puts_after_an_answer(tokenizers, llm
     assert whole.rpartition("yes")[2].lstrip().startswith(tokenizer.decode([end_id]))
 
 
-def test_a_base_llm_gets_a_plain_template_and_a_warning(tokenizers):
+def test_the_plain_template_of_a_base_llm_ends_with_its_end_of_text(tokenizers):
     tokenizer = tokenizers["gpt2"]
-    with pytest.warns(UserWarning, match="gpt2: no chat template; taking a plain one, 'user: ...'"):
-        set_chat_template(tokenizer, None)
+    tokenizer.chat_template = PLAIN_TEMPLATE
     pieces, end_id = render_prompt(tokenizer, USER)
     assert [tokenizer.decode(piece) for piece in pieces] == ["user: ", "\nTranscribe the speech\nassistant: "]
     assert end_id == tokenizer.eos_token_id

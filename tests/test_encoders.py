@@ -475,7 +475,7 @@ def cropped(path: Path, count: int) -> None:
         (partial(truncated, file="config.json"), "not a valid JSON"),
         (partial(edited, file="config.json", model_type="lstm"), "model type `lstm`"),
         (partial(edited, file="preprocessor_config.json", sampling_rate=8000), "8000 Hz audio; wanted 16000 Hz"),
-        (robbed, r"weights .* are missing: \S*layers\.1\.\S* and \d+ more"),
+        (robbed, r"weights .* are missing \(\d+\): \S*layers\.1\.\S* \.\.\."),
         (partial(cropped, count=1), r"layers\.1\.\S* is \(1,.*\), wanted \(\d\d.*\) by its config.json"),
         (partial(cropped, count=0), r"layers\.1\.\S* is \(0,.*by its config\.json"),
     ],

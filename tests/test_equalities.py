@@ -52,7 +52,7 @@ def family(request, llm, tmp_path_factory) -> tuple[str, SpeechLLM]:
     """A name of FAMILIES, and a model of that family with weights that no random number decides."""
     encoder, projector = FAMILIES[request.param]
     path = ENCODERS[encoder](tmp_path_factory.mktemp("encoder") / "encoder")
-    model = SpeechLLM.from_parts(str(path), llm, projector, **SMALL, projector_stride=4)
+    model = SpeechLLM.from_parts(str(path), llm, projector=projector, **SMALL, projector_stride=4)
     for number, (name, tensor) in enumerate(sorted(model.state_dict().items())):
         if tensor.is_floating_point():
             waves = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64) * (0.7 + 0.01 * number) + number)

@@ -152,10 +152,10 @@ def test_a_whole_model_loads_with_the_weights_that_were_saved_and_without_a_warn
 
 def test_missing_weights_are_wrong_input_that_names_the_first_and_how_many_more(folder):
     edit_weights(folder, lambda weights: weights.pop(UP))
-    with pytest.raises(InputError, match=f"^{folder}: weights that config.json promises are missing: {UP}$"):
+    with pytest.raises(InputError, match=f"^{folder}: weights that config.json promises are missing .1.: {UP} ...$"):
         load_pretrained(Qwen2ForCausalLM, str(folder))
     edit_weights(folder, lambda weights: weights.pop("model.norm.weight"))
-    with pytest.raises(InputError, match=f"are missing: {UP} and 1 more$"):
+    with pytest.raises(InputError, match=f"are missing .2.: {UP} ...$"):
         load_pretrained(Qwen2ForCausalLM, str(folder))
 
 

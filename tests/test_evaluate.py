@@ -35,7 +35,8 @@ def test_the_listening_gap_is_the_loss_with_another_clips_audio_minus_the_loss(m
             embeds = embeds.repeat(count // len(embeds) + 1, 1)[:count]
             ids = torch.tensor([example["prompt_ids"] + example["target_ids"]])
             labels = torch.tensor([example["target_ids"]])
-            loss = model(ids, torch.ones_like(ids), labels, 1, speech_embeds=embeds).loss
+            ids = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            loss = model(**ids, num_items_in_batch=1, speech_embeds=embeds).loss
         total, tokens = total + loss.item(), tokens + labels.numel()
     assert evaluation.metrics["listening_gap"] == pytest.approx(total / tokens - evaluation.metrics["loss"], abs=1e-4)
 

@@ -41,7 +41,7 @@ def main() -> None:
             for llm in LLMS:
                 for projector in ALL_PROJECTORS:
                     torch.manual_seed(0)
-                    try_out(SpeechLLM.from_parts(path, llms[llm], projector, **SMALL))
+                    try_out(SpeechLLM.from_parts(path, llms[llm], projector=projector, **SMALL))
                 cells.append(f"{len(ALL_PROJECTORS)} of {len(ALL_PROJECTORS)}")
             print(f"| {encoder} |", *(f"{cell} |" for cell in cells), flush=True)
     print(f"\nprojectors: {', '.join(ALL_PROJECTORS)}")
