@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from dataset import SILENCE, WINDOW, SpeechDataset, collate, render_prompt
-from errors import InputError
+from errors import BadUtterance, InputError
 from manifest import SAMPLE_RATE, transcript_of
 
 if TYPE_CHECKING:
@@ -256,6 +256,6 @@ def prompt_length(dataset: SpeechDataset, record: dict) -> int:
     prompt = record["messages"][:-1] if "messages" in record else record.get("prompt", dataset.prompt)
     try:
         pieces, _ = render_prompt(dataset.tokenizer, prompt, dataset.system_prompt)
-    except InputError:  # the chat template refuses it
+    except BadUtterance:
         return 0
     return sum(map(len, pieces)) + 2 * (len(pieces) - 1) * dataset.audio_boundary_tokens

@@ -141,7 +141,7 @@ def render_prompt(tokenizer, prompt: str | list[dict], system_prompt: str | None
 
     `prompt` is the user's turn, or the turns of a conversation. The chat template is rendered as text, split at <audio>
     and tokenised piece by piece, so the vocabulary needs no new token. The end token is what the template puts after an
-    answer, else the tokenizer's eos. Raises InputError where the template refuses (Mistral's knows no system prompt).
+    answer, else the tokenizer's eos. Raises BadUtterance where the template refuses (Mistral's knows no system prompt).
     """
     if isinstance(prompt, str):
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
@@ -159,8 +159,7 @@ def render_template(tokenizer, chat_template: str, turns: tuple[tuple[str, str],
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
-            cure = "wanted another --system_prompt, --prompt or --chat_template"
-            raise InputError(f"the chat template refuses the conversation ({error}); {cure}") from None
+            raise BadUtterance(f"the chat template refuses the conversation ({error})") from None
 
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -248,7 +247,7 @@ class SpeechDataset(torch.utils.data.Dataset):
                     random = np.random.default_rng([self.seed, epoch, index])  # the same in any process, at any time
                     clips = [self.augment(samples, random) for samples in clips]
                 return {"index": index, "bad": None, **self.render(record, clips)}
-            except InputError as error:  # a BadUtterance, or a chat template that refuses this conversation
+            except BadUtterance as error:
                 reason = f"{record['where']}: {error}"
                 if self.on_bad == "error":
                     raise BadUtterance(reason) from None

@@ -19,6 +19,7 @@ from score import score
 
 if TYPE_CHECKING:
     from model import SpeechLLM
+    from train import SpeechTrainer
 
 DEAF = 0.1  # a listening gap below this, in nats a token: the model writes much the same whatever it hears
 NUM_RESAMPLES = 1000  # for the interval of the error rate
@@ -84,6 +85,19 @@ def evaluate(
     if args.process_index == 0:
         print_figures(title, metrics, result.metric, interval, references, hypotheses)
     return Evaluation(metrics, dict(zip(good, hypotheses, strict=True)), bad, interval)
+
+
+def evaluate_and_note(trainer: "SpeechTrainer", dataset: SpeechDataset, prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation in a training run, with a prefix; its facts go into the model's config."""
+    kind, args = "evaluation" if prefix == "eval" else prefix, trainer.args
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    evaluation = evaluate(trainer.model, dataset, args, "auto" if metric == "loss" else metric, kind)
+    trainer.skipped |= evaluation.skipped  # reported at the end of the run
+    facts = evaluation.facts() | {"after steps": trainer.state.global_step}
+    trainer.model.config.training |= {f"{kind} {name}": value for name, value in facts.items()}
+    if trainer.predictions:
+        trainer.predictions.show(kind, dataset, evaluation.hypotheses, trainer.state)
+    return {f"{prefix}_{name}": value for name, value in evaluation.metrics.items()}
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ UNSPACED = f"{HAN}{KANA}\u0e00-\u0e7f"  # and Thai: no spaces between words
 SYLLABIC = f"{HAN}{KANA}\uac00-\ud7a3"  # and Hangul: about a syllable each
 TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # a word; a character in Chinese, Japanese and Thai
 
-MAX_SYLLABIC_PER_SECOND = 25
 MAX_LETTERS_PER_SECOND = 50  # without whitespace; 400 English words a minute are about 30
 GRACE_SECONDS = 1.0  # segment times are often cut a little short
 LOOP = re.compile(r"(.+?)\1{3,}")  # four times in a row, or more
@@ -77,7 +76,7 @@ def hallucination(reference: str, hypothesis: str, duration_seconds: float | Non
     for kind, pattern in (("chat", CHAT), ("echo", ECHO)):
         phrase = pattern.search(plain_hypothesis)
         if phrase and not is_spoken(phrase[0], plain_reference, pattern):
-            return f'{kind}: "{shorten(phrase[0], 60)}"'
+            return f'{kind}: "{phrase[0]:.60}"'
     tokens, reference_tokens = TOKEN.findall(plain_hypothesis), TOKEN.findall(plain_reference)
     if reason := find_loop(tokens, reference_tokens) or find_run_on(tokens, reference_tokens):
         return reason
@@ -111,7 +110,7 @@ def find_loop(tokens: list[str], spoken: list[str]) -> str | None:
             spoken_runs = re.finditer(r"(.+?)\1\1+", reference)  # of anything: na na na for la la la is an error
             if n * (times - max((len(run[0]) // len(run[1]) for run in spoken_runs), default=1)) >= too_many:
                 units = loop[1] if text in tokens else " ".join(tokens[loop.start() : loop.start() + n])
-                return f'loop: "{shorten(plain_text(units), 60)}" {times} times in a row'
+                return f'loop: "{plain_text(units):.60}" {times} times in a row'
     return None
 
 
@@ -119,18 +118,11 @@ def find_run_on(tokens: list[str], spoken: list[str]) -> str | None:
     """What follows a transcript that is whole, as a reason; or None."""
     head, tail = tokens[: len(spoken)], tokens[len(spoken) :]
     if len(head) > 2 and len(tail) >= max(RUN_ON_TOKENS, len(head)) and fuzz.ratio(head, spoken) >= SPOKEN_LIKENESS:
-        return f'run-on: {len(tail)} tokens after the transcript: "{shorten(plain_text(" ".join(tail)), 60)}"'
+        return f'run-on: {len(tail)} tokens after the transcript: "{plain_text(" ".join(tail)):.60}"'
     return None
 
 
 def least_seconds(text: str) -> float:
     """Text that can be said has a segment as long as this, or longer."""
-    num_syllabic = len(re.findall(f"[{SYLLABIC}]", text))
-    num_letters = len("".join(text.split())) - num_syllabic  # of alphabets
-    return num_syllabic / MAX_SYLLABIC_PER_SECOND + num_letters / MAX_LETTERS_PER_SECOND - GRACE_SECONDS
-
-
-def shorten(text: str, width: int) -> str:
-    """The text on one line of at most `width` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    num_letters = len("".join(text.split())) + len(re.findall(f"[{SYLLABIC}]", text))  # a syllable counts for two
+    return num_letters / MAX_LETTERS_PER_SECOND - GRACE_SECONDS

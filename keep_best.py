@@ -22,6 +22,7 @@ def check(metric: str, args: TrainingArguments) -> None:
     other = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if other not in (metric, "loss"):
         raise InputError(f"--save_best_by {metric} --metric_for_best_model {other}: one of them is evaluated; choose")
+    args.metric_for_best_model, args.greater_is_better = metric, False  # what --load_best_model_at_end goes by
 
 
 class KeepBest(TrainerCallback):

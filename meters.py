@@ -5,7 +5,9 @@ import time
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import ModelOutput
 
 from dataset import IGNORE
 
@@ -23,7 +25,22 @@ class Meters(TrainerCallback):
     def start_clock(self, *args, **kwargs) -> None:
         self.begin = time.perf_counter()
 
-    on_train_begin = on_evaluate = on_save = start_clock
+    on_evaluate = on_save = start_clock
+
+    def on_train_begin(self, *args, model: nn.Module | None = None, **kwargs) -> None:
+        self.start_clock()
+        if model is not None:
+            model.register_forward_hook(self.on_forward, with_kwargs=True)
+
+    def on_forward(self, model: nn.Module, args: tuple, batch: dict, outputs: ModelOutput) -> None:
+        if model.training:  # not in an evaluation
+            self.count(batch, outputs.logits)
+
+    def on_log(self, args, state, control, logs: dict, **kwargs) -> None:
+        if "loss" in logs:
+            figures = self.figures()
+            logs |= figures  # for TensorBoard and the like
+            state.log_history[-1] |= figures
 
     def on_step_end(self, *args, **kwargs) -> None:
         self.elapsed += time.perf_counter() - self.begin

@@ -34,7 +34,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisper
 
 from dataset import IGNORE, PLAIN_TEMPLATE, SILENCE, WINDOW, SpeechDataset, collate, length_mask, render_prompt
-from errors import InputError, as_input_error, load_pretrained, nearest
+from errors import BadUtterance, InputError, as_input_error, load_pretrained, nearest
 from manifest import AUDIO, BOUNDARY, PROMPT, SAMPLE_RATE, SPEECH, DecodingOptions, Hypothesis, Records, option
 
 FROZEN = [r"^encoder\.", r"^llm\."]  # patterns of parameter names that are not trained, unless other ones are given
@@ -412,7 +412,10 @@ class SpeechLLM(PreTrainedModel):
         elif tokenizer.chat_template is None:  # of a base LLM
             warnings.warn(f"{tokenizer.name_or_path}: no chat template; taking a plain one, 'user: ...'", stacklevel=2)
             tokenizer.chat_template = PLAIN_TEMPLATE
-        pieces, end_id = render_prompt(tokenizer, config.prompt, config.system_prompt)
+        try:
+            pieces, end_id = render_prompt(tokenizer, config.prompt, config.system_prompt)
+        except BadUtterance as error:
+            raise InputError(f"{error}; wanted another --system_prompt, --prompt or --chat_template") from None
         if len(pieces) != 2:
             raise InputError(f"prompt {config.prompt!r}: wanted {AUDIO} in it or in --chat_template, once")
         self.prompt_ids = pieces[0]  # token ids up to <audio>

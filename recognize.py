@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -72,14 +72,13 @@ def load_model(args: argparse.Namespace) -> "SpeechLLM":
     """The SpeechLLM that the flags name; they win over the config.json beside the weights, and can stand in for it."""
     import torch
 
-    from model import SpeechLLM
+    from model import SpeechLLM, SpeechLLMConfig
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA GPU here")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # a GPU for each process
-    names = "llm_model_name_or_path encoder_name_or_path prompt system_prompt chat_template quantize frozen_dtype"
-    overrides = {name: getattr(args, name) for name in names.split() if getattr(args, name)}
+    overrides = {name: value for name, value in vars(args).items() if value and name in SpeechLLMConfig.own_fields()}
     path = args.projector_model_path or args.model_path  # the one says no more than the other
     model = SpeechLLM.from_pretrained(path, args.revision, device, **overrides)
     if args.merge_lora:
@@ -110,16 +109,13 @@ def recognize_manifest(args: argparse.Namespace, options: DecodingOptions) -> No
 
     todo = sorted(set(range(len(records))) - finished.keys(), key=lambda index: -dataset.durations[index])
     share = todo[rank::num_processes]  # long and short ones for every process
-    begin, audio_seconds = time.perf_counter(), 0.0  # for the real-time factor
-    bar = tqdm(total=len(share), unit="utt", disable=rank > 0)
-    with open_unfinished(args.result_path, key, rank) as file, bar:
+    bar = tqdm(total=dataset.durations[share].sum(), unit=" s of audio", unit_scale=True, disable=rank > 0)
+    with open(f"{args.result_path}.{key}.partial-{rank}-{time.time_ns()}", "xb") as file, bar:
         for hypotheses in model.decode(dataset, share, args.batch_size, args.num_workers, options):
             file.write("".join(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in hypotheses).encode())
             file.flush()
             os.fsync(file.fileno())  # safe on the disk from here
-            audio_seconds += sum(dataset.durations[hypothesis.index] for hypothesis in hypotheses)
-            bar.set_postfix(RTF=f"{(time.perf_counter() - begin) / max(audio_seconds, 0.01):.4f}", refresh=False)
-            bar.update(len(hypotheses))
+            bar.update(sum(dataset.durations[hypothesis.index] for hypothesis in hypotheses))
     wait_for_all()
     if rank == 0:
         finished = read_unfinished(args.result_path, key)  # those of all processes
@@ -145,8 +141,8 @@ def print_problems_and_score(records: Records, durations: Sequence[float], hypot
 
 # The unfinished result
 #
-# result.txt.KEY.partial-RANK beside the result file holds what a process has finished, as JSON lines. The key is of all
-# that decides a hypothesis. So any number of processes can go on after a kill, and nothing is mixed.
+# result.txt.KEY.partial-RANK-TIME beside the result file holds what a process has finished, as JSON lines. KEY is of
+# all that decides a hypothesis. So any number of processes can go on after a kill, and nothing is mixed.
 
 
 def key_of_result(model: "SpeechLLM", records: Records, options: DecodingOptions) -> str:
@@ -193,14 +189,6 @@ def read_unfinished(result_path: str, key: str) -> dict[int, Hypothesis]:
     files = [path.read_bytes() for path in unfinished_files(result_path, key)]
     lines = [line for content in files for line in content.split(b"\n")[:-1]]  # one without its end was torn by a kill
     return {row["index"]: Hypothesis(**row) for row in map(json.loads, lines)}
-
-
-def open_unfinished(result_path: str, key: str, rank: int) -> BinaryIO:
-    """This process's file, open for writing behind its last whole line."""
-    file = open(f"{result_path}.{key}.partial-{rank}", "a+b")  # noqa: SIM115
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)  # cuts a torn line off
-    return file
 
 
 def write_result(result_path: str, records: Records, hypotheses: dict[int, Hypothesis]) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from hallucination import shorten
 from intervals import LEVEL, Interval, rate_interval
 from manifest import SourceOptions, source_options
 from result_file import Rows, read_rows
@@ -165,6 +164,12 @@ def sections_of(
         figure = reliability(rows.words, result.alignments, tokens_of)
         sections.append(Section("reliability", asdict(figure), figure.as_lines()))
     return sections
+
+
+def shorten(text: str, width: int) -> str:
+    """The text on one line of at most `width` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def without_nan(figures: dict) -> dict:

@@ -17,11 +17,22 @@ DATA_CLASSES = {"numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconst
 DATA_CLASSES |= {f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")}
 DATA_CLASSES |= {"deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"}
 
+# Settings that decide the weights, beside those of the model: a run that goes on must not change them.
+DECISIVE = """model_max_length max_seconds on_bad_audio augment projector_model_path seed data_seed learning_rate
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args lr_scheduler_type lr_scheduler_kwargs
+    warmup_steps num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 fp16
+    train_sampling_strategy dataloader_drop_last label_smoothing_factor neftune_noise_alpha no_speech_share min_seconds
+    min_tokens max_tokens max_characters_per_second train_on_turns average_tokens_across_devices max_batch_seconds
+    max_batch_tokens auto_batch world_size deepspeed zero_stage num_records records""".split()
 
-def find(args: TrainingArguments, settings: dict, records: Records) -> tuple[str | None, list[str]]:
-    """The checkpoint that a run goes on from, and what it does otherwise, to be told; (None, []) for a new run."""
+
+def find(args: TrainingArguments, settings: dict, records: Records, fields: list[str]) -> tuple[str | None, list[str]]:
+    """The checkpoint that a run goes on from, and what it does otherwise, to be told; (None, []) for a new run.
+
+    `fields` are those of the model's config, which decide the weights too.
+    """
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    return checkpoint, compare_settings(checkpoint, settings, records) if checkpoint else []
+    return checkpoint, compare_settings(checkpoint, settings, records, fields + DECISIVE) if checkpoint else []
 
 
 def find_checkpoint(output_dir: str, chosen: str | None = None) -> str | None:
@@ -79,7 +90,7 @@ def are_continued(records: Records, fingerprint: str, count: int) -> bool:
     return records.fingerprint(count) == fingerprint
 
 
-def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[str]:
+def compare_settings(checkpoint: str, settings: dict, records: Records, names: list[str] = DECISIVE) -> list[str]:
     """What a run does otherwise than the checkpoint that it goes on from, to be told. Raises InputError.
 
     Compared is what both sides know. A longer schedule, data appended, and another number of processes are allowed.
@@ -89,7 +100,7 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
     if settings.get("auto_batch"):  # does not look again: the budget that it found before goes on
         settings |= {name: before[name] for name in ("max_batch_seconds", "max_batch_tokens") if name in before}
     has_budget = bool(settings.get("max_batch_seconds") or settings.get("max_batch_tokens"))
-    changed = [name for name in settings if name in before and settings[name] != before[name]]
+    changed = [name for name in names if name in before and settings[name] != before[name]]
     allowed = {n for n in ("num_train_epochs", "max_steps") if n in changed and settings[n] > before[n] > 0}
     allowed |= {"auto_batch"} if has_budget else set()  # found, or given as a number
     if "records" in changed and are_continued(records, before["records"], before["num_records"]):
@@ -104,6 +115,6 @@ def compare_settings(checkpoint: str, settings: dict, records: Records) -> list[
         changes = ", ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in contradictions)
         cure = f"restore that, or give a new --output_dir, and --projector_model_path {checkpoint}/model.safetensors"
         raise InputError(f"{checkpoint}: this run contradicts it ({changes}); {cure}")
-    unknown = sorted(before.keys() ^ settings.keys())  # fields that one of the two does not have
+    unknown = sorted(set(names) - before.keys())  # fields that did not exist then
     differences = [f"{name} was {before[name]}, is {settings[name]}" for name in changed if name != "records"]
     return differences + [f"not compared: {', '.join(unknown)}"] * bool(unknown)

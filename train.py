@@ -17,7 +17,7 @@ import time
 import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from dataset import SpeechDataset, collate, open_records
 from errors import InputError, as_input_error, nearest, run
@@ -182,14 +182,15 @@ class SpeechTrainer(Trainer):
     Names with an underscore are private to transformers: requirements.txt pins its minor version for them.
     """
 
-    def __init__(self, *args, settings: dict, eval_metric: str, **kwargs):
+    def __init__(self, *args, settings: dict, **kwargs):
         super().__init__(*args, **kwargs)
-        self.settings, self.eval_metric = settings, eval_metric  # settings: for train_settings.json
-        self.step_losses: list[torch.Tensor] = []  # of the micro-batches of this step, for the progress bar
-        self.meters = self.predictions = self.batches = None  # options: Meters, PredictionLog, BudgetSampler
+        self.settings = settings  # for train_settings.json
+        self.step_loss = 0.0  # summed over the micro-batches of this step, for the progress bar
+        self.predictions = self.batches = None  # options: PredictionLog, BudgetSampler
         self.skipped: set[str] = set()  # why utterances were skipped
-        self.epoch = 0  # which decides the order of the clips, and their augmentation
         self.has_learnt = False  # from one good utterance at least
+        self.got_sigterm = False
+        self.epoch = 0  # which decides the order of the clips, and their augmentation
         self.model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None  # forward smooths
 
     def _get_train_sampler(self, dataset=None):
@@ -211,25 +212,23 @@ class SpeechTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
         self.skipped |= set(filter(None, inputs["bad"]))
         self.has_learnt |= None in inputs["bad"]  # a clip of the batch was good
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if self.meters:
-            self.meters.count(inputs, outputs.logits)
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):  # before the optimiser takes a step with it
             clips = ", ".join(self.train_dataset.records[index]["where"] for index in inputs["index"])
             cure = "look at these clips; try a lower --learning_rate or --max_grad_norm"
             raise InputError(f"the loss of step {self.state.global_step + 1} is {loss.item()}, with {clips}; {cure}")
-        self.step_losses += [] if self.args.disable_tqdm else [loss]
+        self.step_loss += loss.item()
+        if self.accelerator.sync_gradients:  # this was the last micro-batch of the step
+            for callback in self.callback_handler.callbacks:
+                if getattr(callback, "training_bar", None) is not None:  # ProgressCallback's, on the first process
+                    callback.training_bar.set_postfix(loss=f"{self.step_loss:.3f}")
+            self.step_loss = 0.0
+            if self.accelerator.check_trigger():  # on all processes, whichever got the SIGTERM
+                self.got_sigterm = self.control.should_save = self.control.should_training_stop = True
         return loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        super().log(logs | (self.meters.figures() if self.meters and "loss" in logs else {}), *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self.model.config.training["steps"] = self.state.global_step  # config.json tells how far it was trained
@@ -265,70 +264,21 @@ class SpeechTrainer(Trainer):
                 self.model.push_to_hub(self.hub_model_id, state_dict=state, token=self.args.hub_token)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        from evaluate import evaluate  # an option
+        from evaluate import evaluate_and_note  # an option
 
-        dataset = eval_dataset or self.eval_dataset
-        kind = "evaluation" if metric_key_prefix == "eval" else metric_key_prefix
-        evaluation = evaluate(self.model, dataset, self.args, self.eval_metric, kind)
-        self.skipped |= evaluation.skipped  # reported at the end of the run
-        facts = evaluation.facts() | {"after steps": self.state.global_step}
-        self.model.config.training |= {f"{kind} {name}": value for name, value in facts.items()}
-        if self.predictions:
-            self.predictions.show(kind, dataset, evaluation.hypotheses, self.state)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
+        metrics = evaluate_and_note(self, eval_dataset or self.eval_dataset, metric_key_prefix)
         self.log(metrics)  # into trainer_state.json, and where --report_to says
         if metric_key_prefix == "eval":  # a test set chooses and stops nothing
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-class SaveOnSigterm(TrainerCallback):
-    """SIGTERM, as a cluster sends it before it takes a machine away: all processes save after this step, and stop."""
-
-    def __init__(self, accelerator):
-        self.accelerator, self.was_sent = accelerator, False
-        signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.accelerator.check_trigger():  # on all processes, whichever got the signal
-            self.was_sent = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no step comes any more that could heed it
-        if self.was_sent:
-            raise InputError(f"SIGTERM: step {state.global_step} is saved; the same command goes on from it")
-
-
-class ShowLoss(ProgressCallback):
-    """Trainer's progress bar, with the time to the end, and the loss of every step on this process."""
-
-    def __init__(self, trainer: SpeechTrainer):
-        super().__init__()
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        loss = sum(self.trainer.step_losses)  # of the micro-batches
-        self.trainer.step_losses.clear()  # for the next step
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(loss=f"{float(loss):.3f}")
-
-
 # What is written down: settings, parts, the experiment
-
-# Settings that decide the weights, beside those of the model. A run that goes on must not change them: resume.py.
-DECISIVE = """model_max_length max_seconds on_bad_audio augment projector_model_path seed data_seed learning_rate
-    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args lr_scheduler_type lr_scheduler_kwargs
-    warmup_steps num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 fp16
-    train_sampling_strategy dataloader_drop_last label_smoothing_factor neftune_noise_alpha no_speech_share min_seconds
-    min_tokens max_tokens max_characters_per_second train_on_turns average_tokens_across_devices max_batch_seconds
-    max_batch_tokens auto_batch""".split()
 
 
 def settings_of(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments, records: Records) -> dict:
-    """What decides the course of a training run, as train_settings.json holds it."""
-    values = vars(args) | vars(data) | vars(config)
-    settings = {name: values[name] for name in [f.name for f in fields(ModelArguments)] + DECISIVE}
+    """All settings of a run, as train_settings.json holds them; resume.py says which must not change."""
+    settings = args.to_dict() | vars(data) | config.to_dict()
     settings |= {"world_size": 1 if args.tensor_parallel else args.world_size, "deepspeed": bool(args.deepspeed)}
     settings |= {"zero_stage": args.deepspeed_plugin.zero_stage if args.deepspeed else None}
     settings |= {"num_records": len(records), "records": records.fingerprint()}
@@ -386,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume_from_checkpoint or list(Path(args.output_dir).glob("checkpoint-[0-9]*")):
         import resume  # an option
 
-        checkpoint, differences = resume.find(args, settings, records["trained on"])
+        checkpoint, differences = resume.find(args, settings, records["trained on"], list(config.own_fields()))
     if checkpoint:
         before = load_config(Path(checkpoint))  # knows the commits of the parts, and an evaluation
         for name in ("encoder_revision", "llm_revision", "training"):
@@ -406,7 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         import inspect_batch  # an option
 
         return inspect_batch.show(trainer, data.check)
-    trainer.add_callback(SaveOnSigterm(trainer.accelerator))
+    # SIGTERM, as a cluster sends it before it takes a machine away: all processes save after this step, and stop.
+    signal.signal(signal.SIGTERM, lambda *_: trainer.accelerator.set_trigger())
     if checkpoint:
         trainer.skipped = set(json.loads(Path(checkpoint, "skipped.json").read_text()))
     if trainer.is_world_process_zero():
@@ -415,24 +366,25 @@ def main(argv: list[str] | None = None) -> None:
             print(f"going on from {checkpoint}", *differences, sep="\n  ")
         record_start(argv, f"goes on from {checkpoint}" if checkpoint else "starts", model, args, facts)
     trainer.train(resume_from_checkpoint=checkpoint)  # None = from the start
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no step comes any more that could heed it
+    if trainer.got_sigterm:
+        raise InputError(f"SIGTERM: step {trainer.state.global_step} is saved; the same command goes on from it")
     finish(trainer, datasets, checkpoint)
 
 
 def open_data(config: SpeechLLMConfig, data: DataArguments, args: TrainArguments) -> tuple[dict[str, Records], dict]:
     """Records by their use; and facts about them, for config.json and experiment.md."""
-    evaluation = {"evaluated on": data.select_on or data.eval_data_path}
-    evaluation |= {"tested on": data.eval_data_path} if data.select_on else {}
+    sources = {"trained on": data.data_path, "evaluated on": data.select_on or data.eval_data_path}
+    sources["tested on"] = data.eval_data_path if data.select_on else None
+    facts = {use: " ".join(source) for use, source in sources.items() if source}
     if data.streaming:
         import streams  # an option
 
         records = {"trained on": streams.open_training_data(data, args)}
     else:
         records = {"trained on": open_records(data.data_path, may_weigh=True, **source_options(data))}
-    facts = {"trained on": " ".join(data.data_path)}
-    for use, source in evaluation.items():
-        if source is not None:
-            records[use] = open_records(source, **source_options(data, is_evaluation_of=source))
-            facts[use] = " ".join(source)
+    for use in list(facts)[1:]:  # of an evaluation
+        records[use] = open_records(sources[use], **source_options(data, is_evaluation_of=sources[use]))
     if any(limits := [data.min_seconds, data.min_tokens, data.max_tokens, data.max_characters_per_second]):
         import filters  # an option
 
@@ -485,16 +437,11 @@ def make_trainer(
 ) -> SpeechTrainer:
     """The trainer, with what the flags add to it."""
     dataset, eval_dataset = datasets["trained on"], datasets.get("evaluated on")
-    metric = data.save_best_by or args.metric_for_best_model or "loss"  # what an evaluation counts
-    metric = "auto" if metric.removeprefix("eval_") == "loss" else metric.removeprefix("eval_")
-    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings, eval_metric=metric)
+    trainer = SpeechTrainer(model, args, collate, dataset, eval_dataset, settings=settings)
     if args.engine:
         import engines  # an option
 
         engines.adapt(trainer)
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShowLoss(trainer))  # in place of the bar without a loss
     if data.streaming:
         trainer.batches = dataset.records.batches_for(trainer, data)
     elif data.max_batch_seconds or data.max_batch_tokens or data.auto_batch:
@@ -517,8 +464,8 @@ def make_trainer(
     if args.report_to:
         from meters import Meters  # an option
 
-        trainer.meters = Meters(dataset.durations, args.world_size // trainer.get_tp_size())
-        trainer.add_callback(trainer.meters)
+        meters = Meters(dataset.durations, args.world_size // trainer.get_tp_size())
+        trainer.callback_handler.callbacks.insert(0, meters)  # before those that write its figures down
     return trainer
 
 
@@ -533,12 +480,12 @@ def finish(trainer: SpeechTrainer, datasets: dict[str, SpeechDataset], checkpoin
     if "tested on" in datasets or ("evaluated on" in datasets and args.eval_strategy == "no"):
         trainer.save_model(_internal_call=True)  # first, because the evaluation may raise
         trainer.evaluate(datasets.get("tested on"), metric_key_prefix="test" if "tested on" in datasets else "eval")
-    if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
-        raise InputError(f"every utterance is bad; the first: {min(trainer.on_all_processes(trainer.skipped))}")
     trainer.skipped |= {reason for part in datasets.values() for reason in part.bad.values()}
+    skipped = sorted(trainer.on_all_processes(trainer.skipped))
+    if not checkpoint and True not in trainer.on_all_processes({trainer.has_learnt}):
+        raise InputError(f"every utterance is bad; the first: {skipped[0]}")
     trainer.save_model()  # into output_dir itself
     trainer.save_state()  # with the log of all steps and evaluations, for tools/plot.py
-    skipped = sorted(trainer.on_all_processes(trainer.skipped))
     if trainer.is_world_process_zero():
         append_record(args.output_dir, "is done", model.config.training | {"skipped": len(skipped)})
         if skipped:

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             part.hear, part.speak = caches.hear, caches.speak
         model.encoder = CachedEncoder(caches.frames, torch.float32)  # which gives back what it gets
     model.config.training = {"trained on": f"{data.data_path}: {len(records):,} conversations"}
-    options = {"settings": settings, "eval_metric": "loss", "eval_dataset": datasets[1] if datasets[1:] else None}
+    options = {"settings": settings, "eval_dataset": datasets[1] if datasets[1:] else None}
     trainer = DuplexTrainer(model, args, partial(collate, pad=model.tokens.pad), dataset, **options)
     if trainer.is_world_process_zero():
         print(describe(model))

@@ -188,7 +188,7 @@ TABLE = [  # name, what is written, the command, the text of its error
     ("too large a field", config(projector_hidden_size=10**12), "decode", "run/config.json: projector_hidden_size is"),
     ("no such layer", config(encoder_layer=99), "decode", "encoder layer 99: wanted 1 ... 2"),
     ("no encoder", config(encoder_name_or_path=None), "decode", "wanted an encoder and an LLM"),
-    ("a half of a regular expression", config(freeze_params=["("]), "decode", "freeze pattern '(': cannot read it (P"),
+    ("a half of a regular expression", config(freeze_params=["("]), "decode", "freeze pattern '(': cannot read it (e"),
     ("half a template", config(chat_template="{% for %} <audio>"), "decode", "the chat template refuses the conversat"),
     ("a manifest as model", GOOD, "decode --model_path m.jsonl", "m.jsonl: no such folder, nor a model on the Hub"),
     ("an LLM as model", GOOD, "decode --model_path chinese_llm", "chinese_llm/config.json: it describes another kind"),

@@ -6,7 +6,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from hallucination import hallucination, shorten
+from hallucination import hallucination
+from report import shorten
 
 REFUSAL = "I apologize, but it appears that there is no speech to transcribe."
 

@@ -84,7 +84,7 @@ def test_training_and_decoding_load_the_eight_files_of_the_reading_path_and_no_o
 @pytest.mark.parametrize("script", ["train", "recognize"])
 def test_what_a_command_loads_is_read_in_an_hour(loaded, script):
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in loaded[script]}
-    assert sum(lines.values()) <= {"train": 2140, "recognize": 2110}[script], lines
+    assert sum(lines.values()) <= 2000, lines
 
 
 @pytest.mark.parametrize("name", OPTIONS)

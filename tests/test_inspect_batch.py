@@ -188,7 +188,7 @@ def test_a_loss_that_is_no_number_is_an_error(new_model, long_batch, tmp_path, c
     args = train.parse(f"{FLAGS} --output_dir {tmp_path}".split())[2]
     dataset = new_model.make_dataset([{"wav": noise(2.0), "txt": "hello world", "where": "clip 0"}])
     with pytest.raises(InputError, match="the loss is nan"):
-        inspect_batch.show(train.SpeechTrainer(new_model, args, collate, dataset, settings={}, eval_metric="auto"), 1)
+        inspect_batch.show(train.SpeechTrainer(new_model, args, collate, dataset, settings={}), 1)
     assert "loss nan nats a token" in capsys.readouterr().out
 
 

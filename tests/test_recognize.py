@@ -197,7 +197,7 @@ def unfinished(killed, tmp_path) -> Path:
 
 
 def test_the_same_command_goes_on_after_a_kill_and_decodes_only_the_rest(unfinished, world, decoded, launch):
-    (path,) = unfinished.parent.glob("result.txt.*.partial-0")
+    (path,) = unfinished.parent.glob("result.txt.*.partial-*")
     first, *rest = path.read_text().splitlines()
     row = json.loads(first)
     path.write_text("\n".join([json.dumps(row | {"text": "not decoded again"}), *rest]) + "\n")
@@ -214,7 +214,7 @@ def test_the_same_command_goes_on_after_a_kill_and_decodes_only_the_rest(unfinis
 def test_a_line_torn_by_the_kill_is_decoded_again(unfinished, world, decoded, call):
     """Torn in the middle of a Chinese character."""
     count = num_finished(unfinished)
-    with open(next(unfinished.parent.glob("result.txt.*.partial-0")), "ab") as file:
+    with open(next(unfinished.parent.glob("result.txt.*.partial-*")), "ab") as file:
         file.write('{"index": 0, "text": "好'.encode()[:-1])
     screen = call(recognize.main, f"{DECODE} --batch_size 5 --result_path {unfinished}")
     assert f"going on: {count} of 20 utterances" in screen.err

@@ -493,7 +493,7 @@ def test_trainer_still_calls_the_private_method_that_we_override(method, loss):
 
 
 def test_the_progress_bar_of_trainer_still_has_its_name():
-    told = f"transformers {transformers.__version__}: ProgressCallback.training_bar is gone: ShowLoss shows no loss"
+    told = f"transformers {transformers.__version__}: ProgressCallback.training_bar is gone: no loss is shown"
     assert vars(transformers.ProgressCallback()).get("training_bar", "gone") is None, told
 
 
