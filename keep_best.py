@@ -50,7 +50,7 @@ def keep_best(output_dir: str, metric: str, count: int) -> None:
         logs = [log for log in json.loads(path.read_text())["log_history"] if log["step"] == step]
         rate = next((log[f"eval_{metric}"] for log in logs if f"eval_{metric}" in log), math.inf)
         rates[step] = math.inf if math.isnan(rate) else rate  # NaN compares with nothing
-    best_first = sorted(rates, key=lambda step: (rates[step], -step))  # of equals the later
+    best_first = sorted(rates, key=lambda step: (rates[step], step))  # of equals the earlier, as Trainer has it
     for step in best_first[count:]:
         if step != max(rates):
             shutil.rmtree(Path(output_dir, f"checkpoint-{step}"))
