@@ -2,7 +2,8 @@
 
 The commands are run as they stand but for names: models and data that are not here become the demo's, 8 processes
 become 2 on the CPU, and long training stops after a few steps. Hub names are looked up on a hub of our own, where tiny
-random models have them. `make` lines are run by .ci/run itself.
+random models have them. `make` lines are run by .ci/run itself. Commands whose output no other one reads run
+beside the others, one at a time, and give way to them.
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +42,9 @@ HUB = {
 }
 SERVER = multiprocessing.get_context("forkserver")
 PROGRAMS = ("demo", "duplex", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
-SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False"
-TINY = f"{SHORT} --gradient_accumulation_steps 1 --dataloader_num_workers 0"
+SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False --gradient_accumulation_steps 1"
+TINY = f"{SHORT} --dataloader_num_workers 0"
+BESIDE = r"\$ python -m (demo|tools\.)"
 SMALLEST = "--llm nano --batch_size 1 --steps 1 --repeats 1"
 NAMES = {
     # On one process, to save half a minute: README.md has ZeRO-3.
@@ -151,13 +154,24 @@ def make_sources(folder: Path, rows: list[dict]) -> None:
     (folder / hub / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n")
 
 
-def run(words: list[str]) -> str:
+def show(readme: Path, text: str, words: list[str], nice: int = 0) -> None:
+    """Run a command and print it, what it prints, and its time."""
+    begin = time.perf_counter()
+    out = run(words, nice)
+    print(f"{text}\n{out}({time.perf_counter() - begin:.0f} s)", flush=True)
+    if "tools.matrix" in text:
+        rows = {row for row in out.splitlines() if row.startswith("|")}
+        assert rows <= set(readme.read_text().splitlines()), f"{readme}: another table than tools.matrix prints"
+
+
+def run(words: list[str], nice: int) -> str:
     """What a command prints on standard output. Exits if it fails."""
     line = words[-1]
     if words[0] != "bash" or not line.startswith("python ") or re.search("[;|&<>]", line):
+        words = ["nice", "-n", str(nice), *words]
         return subprocess.run(words, cwd=FOLDER, check=True, stdout=subprocess.PIPE, text=True).stdout
     with tempfile.NamedTemporaryFile("r") as log:
-        process = SERVER.Process(target=run_python, args=(shlex.split(line)[1:], log.name))
+        process = SERVER.Process(target=run_python, args=(shlex.split(line)[1:], log.name, nice))
         process.start()
         process.join()
         if process.exitcode:
@@ -165,8 +179,9 @@ def run(words: list[str]) -> str:
         return log.read()
 
 
-def run_python(words: list[str], log: str) -> None:
+def run_python(words: list[str], log: str, nice: int) -> None:
     """What `python FILE FLAGS` or `python -m MODULE FLAGS` does, in a process that has the libraries loaded already."""
+    os.nice(nice)
     multiprocessing.set_start_method("fork", force=True)  # for data-loading workers, as in any new process
     os.dup2(os.open(log, os.O_WRONLY), 1)
     os.chdir(FOLDER)
@@ -190,19 +205,16 @@ def main() -> None:
     os.environ.update(environment)  # for the commands, and for the server that forks them
     SERVER.set_forkserver_preload("train recognize report hub soxr transformers.models.qwen2.modeling_qwen2".split())
 
-    count = 0
-    for readme in READMES:
-        for text, words in commands(readme):
-            print(text, flush=True)
-            begin = time.perf_counter()
-            out = run(words)
-            print(out, end="")
-            print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
-            if "tools.matrix" in text:
-                rows = {row for row in out.splitlines() if row.startswith("|")}
-                assert rows <= set(readme.read_text().splitlines()), f"{readme}: another table than tools.matrix prints"
-            count += 1
-    print(f"{count} commands and examples of {len(READMES)} READMEs ran")
+    jobs = [(readme, text, words) for readme in READMES for text, words in commands(readme)]
+    with ThreadPoolExecutor(1) as pool:
+        # The demo, whose processes take both cores, comes last.
+        beside = [pool.submit(show, *job, nice=10) for job in reversed(jobs) if re.match(BESIDE, job[1])]
+        for job in jobs:
+            if not re.match(BESIDE, job[1]):
+                show(*job)
+        for future in beside:
+            future.result()
+    print(f"{len(jobs)} commands and examples of {len(READMES)} READMEs ran")
 
 
 if __name__ == "__main__":

@@ -103,13 +103,17 @@ def main(argv: list[str] | None = None) -> None:
     llm, encoder = stage("llm", [data], "llm_steps"), stage("encoder", [data], "encoder_epochs", variant=("encoder",))
     child = {"target": run_in_child, "args": (llm, ["llm"], train_llm, folder), "kwargs": llm.settings}
     process = multiprocessing.get_context("spawn").Process(**child, daemon=True)
-    process.start()
+    if llm.is_there(["llm"]):  # nothing to train: a new process would only take its time to start
+        llm.run(["llm"], train_llm)
+    else:
+        process.start()
 
     def threads() -> int:  # the encoder takes over the LLM's cores as soon as they are free
         return max(1, CORES // 2) if process.is_alive() else CORES
 
     encoder.run([RECIPES[settings.encoder].output], train_encoder, folder, threads, **encoder.settings)
-    process.join()
+    if process.pid:
+        process.join()
     if process.exitcode:
         sys.exit(process.exitcode)
     fields = [name for name in asdict(settings) if name.startswith("projector_")]

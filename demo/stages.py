@@ -41,11 +41,15 @@ class Stage:
     def key(self) -> dict:
         return {"settings": self.settings, "after": [stage.stamp()["id"] for stage in self.after]}
 
+    def is_there(self, outputs: list[str]) -> bool:
+        """Whether these were made with these settings after these stages."""
+        return self.stamp().get("key") == self.key() and all((self.folder / output).exists() for output in outputs)
+
     def run(self, outputs: list[str], make: Callable, *args, **kwargs) -> None:
-        old, key = self.stamp(), self.key()
-        if old.get("key") == key and all((self.folder / output).exists() for output in outputs):
-            say(self.name, f"there already, made in {old['seconds']:.0f} s")
+        if self.is_there(outputs):
+            say(self.name, f"there already, made in {self.stamp()['seconds']:.0f} s")
             return
+        key = self.key()
         self.path.unlink(missing_ok=True)
         begin = time.perf_counter()
         make(*args, **kwargs)
