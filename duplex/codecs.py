@@ -23,17 +23,17 @@ def load_codec(name: str, revision: str | None = None) -> "HubCodec | MelCodec":
     with as_input_error(name, "load a codec", "a Hub name or folder of Mimi, EnCodec or DAC, or a .safetensors file"):
         if Path(name).suffix == ".safetensors":
             return MelCodec(**load_file(name))
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        if config.model_type not in CODECS:
-            raise InputError(f"{name}: a {config.model_type}; wanted one of {', '.join(CODECS)}")
+        kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+        if kind not in CODECS:
+            raise InputError(f"{name}: a {kind}; wanted one of {', '.join(CODECS)}")
         return HubCodec(load_pretrained(AutoModel, name, revision=revision), name)
 
 
-# Model type of transformers -> frames of codes a second, by its config
+# Model type of transformers -> samples (B, 1, A) or (B, A) of its codes (B, books, frames)
 CODECS = {
-    "mimi": lambda config: config.frame_rate,  # arXiv:2410.00037, 12.5 at 24 kHz
-    "encodec": lambda config: config.frame_rate,  # arXiv:2210.13438, 75 at 24 kHz
-    "dac": lambda config: config.sampling_rate / config.hop_length,  # arXiv:2306.06546, 50 at 16 kHz
+    "mimi": lambda model, codes: model.decode(codes).audio_values,  # arXiv:2410.00037, 24 kHz
+    "encodec": lambda model, codes: model.decode(codes[None], [None]).audio_values,  # arXiv:2210.13438; of one chunk
+    "dac": lambda model, codes: model.decode(audio_codes=codes).audio_values,  # arXiv:2306.06546, 16 or 24 kHz
 }
 
 
@@ -44,30 +44,24 @@ class HubCodec:
         self.model, config = model.requires_grad_(False).eval(), model.config
         self.sample_rate, self.codebook_size = config.sampling_rate, config.codebook_size
         self.hop = round(self.sample_rate * FRAME_SECONDS)  # samples of a frame of 80 ms
-        rate = CODECS[config.model_type](config) * FRAME_SECONDS
+        rate = config.frame_rate * FRAME_SECONDS
         if abs(rate - round(rate)) > 1e-6:
             raise InputError(f"{name}: {rate:.2f} frames of codes in {FRAME_SECONDS} s; wanted a whole number")
         self.rate = round(rate)
-        self.num_codebooks = self.encode(torch.zeros(1, self.hop * 13)).shape[2]
+        self.num_codebooks = self.encode(torch.zeros(1, self.hop)).shape[2]
 
     @torch.no_grad()
     def encode(self, samples: Tensor) -> Tensor:
-        samples = F.pad(samples, (0, -samples.shape[1] % self.hop))  # to whole frames
-        num_frames = samples.shape[1] // self.hop
-        codes = self.model.encode(samples.unsqueeze(1).to(self.model.device)).audio_codes
+        num_frames = -(-samples.shape[1] // self.hop)
+        samples = F.pad(samples, (0, (num_frames + 1) * self.hop - samples.shape[1]))  # DAC drops its last frame
+        codes = self.model.encode(samples.unsqueeze(1)).audio_codes
         codes = codes[0] if codes.ndim == 4 else codes  # EnCodec's chunks, of which there is one: (B, books, frames)
-        missing = num_frames * self.rate - codes.shape[2]  # DAC drops its last frame, which it cannot see whole
-        codes = torch.cat([codes, codes[:, :, -1:].expand(-1, -1, max(missing, 0))], 2)[:, :, : num_frames * self.rate]
-        return codes.transpose(1, 2).reshape(len(samples), num_frames, -1)
+        return codes[:, :, : num_frames * self.rate].mT.reshape(len(samples), num_frames, -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        books = codes.shape[2] // self.rate
-        codes = codes.reshape(len(codes), -1, books).transpose(1, 2)  # (B, books, frames)
-        if self.model.config.model_type == "encodec":
-            return self.model.decode(codes.unsqueeze(0), [None]).audio_values[:, 0]
-        audio = self.model.decode(audio_codes=codes).audio_values
-        return audio.reshape(len(codes), -1)
+        frames = codes.cpu().reshape(len(codes), -1, codes.shape[2] // self.rate).mT  # (B, books, frames)
+        return CODECS[self.model.config.model_type](self.model, frames).reshape(len(codes), -1)
 
 
 class MelCodec:

@@ -2,11 +2,12 @@
 
 {"user": "u.wav", "agent": "a.wav", "turns": [{"role": "user", "start": 0.0, "end": 1.9, "text": "seven?"}, ...]}
 
-Shapes: B conversations, T frames of 80 ms, W windows of the encoder, S samples of the user at 16 kHz, A samples of the
-agent at the codec's rate, F feature frames, M mel bins.
+Shapes: B conversations, T frames of 80 ms, K codebooks, W windows of the encoder, S samples at 16 kHz, F feature
+frames, M mel bins.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,16 @@ from torch.nn.utils.rnn import pad_sequence
 from dataset import IGNORE, load_audio
 from errors import BadUtterance, InputError
 from manifest import SAMPLE_RATE
-from sources import RecordList
+from sources import RecordList, text_of
 
 FRAME_SECONDS = 0.08
 HOP = round(FRAME_SECONDS * SAMPLE_RATE)  # samples of the user in a frame
+ROLES = ("user", "agent")
 
 
-def frame_of(seconds: float, rate: int = SAMPLE_RATE) -> int:
+def frame_of(seconds: float) -> int:
     """The frame that begins nearest to a time, as NeMo's duplex collection places text."""
-    hop = round(FRAME_SECONDS * rate)
-    return (round(seconds * rate) + hop // 2) // hop
+    return (round(seconds * SAMPLE_RATE) + HOP // 2) // HOP
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,21 @@ class TextTokens:
     eos: int
 
 
-def text_channel(turns: list[dict], num_frames: int, encode: Callable, tokens: TextTokens) -> tuple[Tensor, list[str]]:
-    """(Token ids (T,) of turns with start, end and text; what did not fit).
+def text_channel(turns: list[dict], num_frames: int, encode: Callable, tokens: TextTokens, where: str) -> Tensor:
+    """Token ids (T,) of turns with start, end and text. What does not fit is told in a warning.
 
     From its first frame a turn stands as bos and the tokens of its text, one a frame; in the frame of its end stands
     eos, on top of a token of the text if there are too many.
     """
-    ids, problems = torch.full((num_frames,), tokens.pad), []
+    ids = torch.full((num_frames,), tokens.pad)
     for turn in turns:
         start, end, text = frame_of(turn["start"]), frame_of(turn["end"]), encode(turn["text"])
-        if start >= num_frames:
-            problems.append(f"the turn at {turn['start']:g} s begins behind the audio: left out")
-            continue
-        if start + 1 + len(text) > min(end, num_frames):
-            room = max(min(end, num_frames) - start - 1, 0)
-            problems.append(f"the turn at {turn['start']:g} s has {len(text)} tokens and room for {room}: cut")
-        written = torch.tensor([tokens.bos, *text])[: num_frames - start]
+        if (room := max(min(end, num_frames) - start - 1, 0)) < len(text):
+            warnings.warn(f"{where}: {len(text)} tokens from {turn['start']:g} s, room for {room}: cut", stacklevel=2)
+        written = torch.tensor([tokens.bos, *text])[: max(num_frames - start, 0)]
         ids[start : start + len(written)] = written
-        if end < num_frames:
-            ids[end] = tokens.eos
-    return ids, problems
+        ids[end : end + 1] = tokens.eos  # nothing if the turn ends with the audio
+    return ids
 
 
 def open_conversations(source: str | Path) -> RecordList:
@@ -69,17 +65,17 @@ def open_conversations(source: str | Path) -> RecordList:
     kind, _, place = str(source).partition(":")
     records = []
     if kind == "lhotse":
-        from lhotse import CutSet  # optional
+        from lhotse_cuts import cuts_of  # an option
 
-        for cut in CutSet.from_file(place):
+        for where, cut in cuts_of(Path(place)):
             turns = [{"role": s.speaker, "start": s.start, "end": s.end, "text": s.text} for s in cut.supervisions]
             turns = [turn | {"role": "user" if turn["role"].lower() == "user" else "agent"} for turn in turns]
             paths = [recording.sources[0].source for recording in (cut.recording, cut.target_audio)]
-            records.append({"where": cut.id, "user": paths[0], "agent": paths[1], "turns": turns})
+            records.append({"where": where, "turns": turns} | dict(zip(ROLES, paths, strict=True)))
     elif not Path(source).is_file():
         raise InputError(f"{source}: no such file; wanted JSON lines with 'user', 'agent' and 'turns'")
     else:
-        for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(text_of(Path(source)).splitlines(), 1):
             where = f"{source}:{number}"
             try:
                 records.append({"where": where, "folder": Path(source).parent} | json.loads(line))
@@ -92,18 +88,29 @@ def open_conversations(source: str | Path) -> RecordList:
 
 def check_conversation(record: dict) -> None:
     """Raise InputError for keys that are missing, roles that do not exist and turns that are out of order."""
-    where = record["where"]
-    if missing := [key for key in ("user", "agent", "turns") if key not in record]:
+    where, last = record["where"], dict.fromkeys(ROLES, 0.0)  # seconds at which the turn before ends
+    if missing := [key for key in (*ROLES, "turns") if key not in record]:
         raise InputError(f"{where}: missing {missing}; a conversation has 'user', 'agent' and 'turns'")
-    last = {"user": 0.0, "agent": 0.0}  # where the turn before ends, seconds
     for turn in record["turns"]:
-        if missing := [key for key in ("role", "start", "end", "text") if key not in turn]:
-            raise InputError(f"{where}: a turn without {missing}")
-        if turn["role"] not in last:
-            raise InputError(f"{where}: role {turn['role']!r}; wanted user or agent")
-        if not last[turn["role"]] <= turn["start"] < turn["end"]:
-            raise InputError(f"{where}: the {turn['role']}'s turn {turn['start']} to {turn['end']} s is out of order")
-        last[turn["role"]] = turn["end"]
+        begin, end = turn.get("start", -1), turn.get("end", -1)
+        if turn.get("role") not in ROLES or "text" not in turn or not last[turn["role"]] <= begin < end:
+            wanted = "a 'text', a 'role', user or agent, and 'start' < 'end' in seconds behind that role's turn before"
+            raise InputError(f"{where}: found the turn {turn}; wanted {wanted}")
+        last[turn["role"]] = end
+
+
+def load_channels(record: dict) -> np.ndarray:
+    """Samples (2, S) of user and agent, whole frames of them. Raises BadUtterance."""
+    try:
+        channels = [load_audio(record.get("folder", Path()) / record[role]) for role in ROLES]
+    except BadUtterance as error:
+        raise BadUtterance(f"{record['where']}: {error}") from None
+    sizes = [len(samples) for samples in channels]
+    if max(sizes) - min(sizes) > HOP:
+        seconds = " and ".join(f"{size / SAMPLE_RATE:.2f}" for size in sizes)
+        warnings.warn(f"{record['where']}: channels of {seconds} s: silence fills the shorter one", stacklevel=2)
+    whole = -(-max(sizes) // HOP) * HOP
+    return np.stack([np.pad(samples, (0, whole - len(samples))) for samples in channels])
 
 
 def windows(samples: np.ndarray, chunk: int, context: int, lookahead: int) -> np.ndarray:
@@ -117,34 +124,24 @@ def windows(samples: np.ndarray, chunk: int, context: int, lookahead: int) -> np
     return np.lib.stride_tricks.sliding_window_view(samples, (context + chunk + lookahead) * HOP)[:: chunk * HOP]
 
 
-def window_features(extract: Callable, samples: np.ndarray, **sizes: int) -> Tensor:
-    """Features (W, F, M) of the windows of samples (S,)."""
-    return torch.stack([extract(window) for window in windows(samples, **sizes)])
-
-
-def resample(rate: int, samples: np.ndarray) -> Tensor:
-    return torch.from_numpy(soxr.resample(samples, SAMPLE_RATE, rate))
-
-
-def text_ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
+def encode_channels(channels: np.ndarray, extract: Callable, codec, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """`features` (W, F, M) of the user's windows of these sizes, and the agent's `codes` (T, K), of samples (2, S)."""
+    features = torch.stack([extract(window) for window in windows(channels[0], **sizes)])
+    voice = torch.from_numpy(soxr.resample(channels[1], SAMPLE_RATE, codec.sample_rate))
+    return {"features": features, "codes": codec.encode(voice[None])[0]}
 
 
 @dataclass(eq=False)
 class ConversationDataset(torch.utils.data.Dataset):
-    """Examples of conversations: what is heard of the user, and the agent's voice and text channel."""
+    """Examples of conversations: what is heard of the user, and the agent's codes and text channel."""
 
     records: RecordList
-    hear: Callable[[np.ndarray], Tensor]  # samples (S,) -> features (W, F, M) of windows, or the encoder's frames
-    speak: Callable[[np.ndarray], Tensor]  # samples (S,) -> samples (A,) at the codec's rate, or its codes (T, K)
-    encode: Callable[[str], list[int]]  # text -> ids
+    encode: Callable[[np.ndarray], dict[str, Tensor]]  # samples (2, S) -> features (W, F, M) or frames, codes (T, K)
+    encode_text: Callable[[str], list[int]]
     tokens: TextTokens
 
     def __post_init__(self):
-        self.problems: list[str] = []  # what did not fit, in this process
-        self.seconds = np.array(
-            [max([turn["end"] for turn in r["turns"]], default=0.0) for r in self.records]
-        )  # nearly
+        self.seconds = np.array([max((t["end"] for t in r["turns"]), default=0.0) for r in self.records])  # nearly
 
     def __len__(self) -> int:
         return len(self.records)
@@ -152,39 +149,17 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         index = index[1] if isinstance(index, tuple) else index  # LengthSampler gives (epoch, index)
         record = self.records[index]
-        (user, agent), problems = load_channels(record)
-        turns = [turn for turn in record["turns"] if turn["role"] == "agent"]
-        ids, misfits = text_channel(turns, -(-len(user) // HOP), self.encode, self.tokens)
-        self.problems += [f"{record['where']}: {problem}" for problem in problems + misfits]
-        return {"heard": self.hear(user), "voice": self.speak(agent), "text_ids": ids, "index": index}
-
-
-def load_channels(record: dict) -> tuple[np.ndarray, list[str]]:
-    """(Samples of user and agent (2, S), of the longer one's length; what did not fit). Raises BadUtterance."""
-    try:
-        user, agent = (load_audio(record.get("folder", Path()) / record[role]) for role in ("user", "agent"))
-    except BadUtterance as error:
-        raise BadUtterance(f"{record['where']}: {error}") from None
-    size, problems = max(len(user), len(agent)), []
-    if abs(len(user) - len(agent)) > HOP:
-        seconds = f"{len(user) / SAMPLE_RATE:.2f} and {len(agent) / SAMPLE_RATE:.2f} s"
-        problems = [f"channels of {seconds}: the shorter is filled with silence"]
-    return np.stack([np.pad(samples, (0, size - len(samples))) for samples in (user, agent)]), problems
+        channels, turns = load_channels(record), [turn for turn in record["turns"] if turn["role"] == "agent"]
+        ids = text_channel(turns, channels.shape[1] // HOP, self.encode_text, self.tokens, record["where"])
+        labels = F.pad(ids[1:], (0, 1), value=IGNORE)  # the last frame predicts nothing
+        return {"text_ids": ids, "labels": labels, "index": index} | self.encode(channels)
 
 
 def collate(examples: list[dict], pad: int) -> dict:
-    """One batch, padded on the right: text_ids and labels (B, T), num_frames (B,), voice (B, A) or (B, T, K), heard.
-
-    `heard` are the windows (W, ...) of all conversations.
-    """
-    ids = [example["text_ids"] for example in examples]
-    labels = [F.pad(row[1:], (1, 0), value=IGNORE) for row in ids]  # nothing predicts the first frame
-    return {
-        "heard": torch.cat([example["heard"] for example in examples]),  # windows, conversation by conversation
-        "text_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),  # Trainer counts these
-        "num_frames": torch.tensor([len(row) for row in ids]),
-        "voice": pad_sequence([example["voice"] for example in examples], batch_first=True),
-        "index": [example["index"] for example in examples],
-        "bad": [None] * len(examples),  # train.py counts what it skips
-    }
+    """One batch, padded on the right: text_ids, labels (B, T), codes (B, T, K), features (B, W, F, M) or frames."""
+    batch = {name: [example[name] for example in examples] for name in examples[0]}
+    batch["bad"] = [None] * len(examples)  # train.py counts what it skips
+    values = {"text_ids": pad, "labels": IGNORE}  # Trainer counts the other labels
+    for name in batch.keys() - {"index", "bad"}:
+        batch[name] = pad_sequence(batch[name], batch_first=True, padding_value=values.get(name, 0))
+    return batch

@@ -110,7 +110,8 @@ def fields_of(demo: Path, folder: Path, kind: str) -> dict:
 
 def encode_share(demo: Path, folder: Path, rank: int) -> None:
     model = DuplexModel.from_config(DuplexConfig(**fields_of(demo, folder, "direct")))
-    encode_once(model, open_conversations(folder / "train/conversations.jsonl"), folder / "frames", rank, CORES)
+    dataset = model.make_conversations(open_conversations(folder / "train/conversations.jsonl"))
+    encode_once(model, dataset, folder / "frames", rank, CORES)
 
 
 def train_both(demo: Path, folder: Path, settings: Settings) -> None:

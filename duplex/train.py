@@ -7,25 +7,28 @@ Flags: those of duplex/model.py and of transformers.TrainingArguments. The same 
 """
 
 import json
+import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 import resume
-from duplex.data import HOP, collate, load_channels, open_conversations, resample
+from dataset import IGNORE
+from duplex.data import ConversationDataset, collate, load_channels, open_conversations
 from duplex.model import DuplexArguments, DuplexConfig, DuplexModel
-from errors import InputError, run
-from frame_cache import TRIAL, CachedEncoder, FrameCache, NewFile, key_of, key_of_encoder
-from manifest import Records, option
+from errors import InputError, as_input_error, run
+from frame_cache import TRIAL, key_of, key_of_encoder
+from manifest import option
 from train import SpeechTrainer, TrainArguments, describe, load_model
 
 
@@ -38,96 +41,73 @@ class DataArguments:
 
 
 class DuplexTrainer(SpeechTrainer):
-    """The root's trainer, with the losses of the two channels for an evaluation."""
+    """The root's trainer, with the losses of the two channels for an evaluation: means over all frames."""
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        dataset, sums, count = eval_dataset or self.eval_dataset, {}, 0
+        loader = DataLoader(self.eval_dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        sums, num_frames = Counter(), 0
         with self.model.in_eval_mode():  # every process evaluates all of it
-            for batch in DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator):
-                losses, frames = self.model(**self._prepare_inputs(batch)), int(batch["num_frames"].sum())
-                for name, value in {"loss": losses.loss, **losses.logits}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * frames
-                count += frames
-        metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in sums.items()}
+            for batch in loader:
+                losses = self.model(**self._prepare_inputs(batch), num_items_in_batch=1).logits  # sums over frames
+                sums.update({name: value.item() for name, value in losses.items()})
+                num_frames += int((batch["labels"] != IGNORE).sum())
+        metrics = {f"{metric_key_prefix}_{name}": value / num_frames for name, value in sums.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-class Caches(NamedTuple):
-    """What was computed once, found by a hash of a conversation's samples."""
-
-    frames: FrameCache  # of the encoder, for one size of windows
-    codes: FrameCache  # of the codec, which stand there as int16
-    chunk: int
-
-    def hear(self, samples: np.ndarray) -> torch.Tensor:
-        """The encoder's frames (W, frames, D) of the windows of samples (S,)."""
-        return self.frames.extract(samples).unflatten(0, (-(-len(samples) // (self.chunk * HOP)), -1))
-
-    def speak(self, samples: np.ndarray) -> torch.Tensor:
-        return self.codes.extract(samples).view(torch.int16)  # (T, K)
+def path_of(folder: Path, key: bytes, channels: np.ndarray) -> Path:
+    """The file of a conversation's frames and codes; its name is a hash of what decides them."""
+    return folder / "{:x}_{:x}.safetensors".format(*key_of(key + channels.tobytes()))
 
 
-def open_caches(model: DuplexModel, folder: str | Path) -> Caches:
-    """The caches of a model's encoder and codec in a folder, with what is there by now."""
-    trial = model.codec.encode(torch.from_numpy(TRIAL)[None])  # tells one codec from another
-    names = f"{key_of_encoder(model.encoder, False)}_{'_'.join(map(str, model.window.values()))}", "codes_{:x}_{:x}"
-    places = Path(folder, names[0]), Path(folder, names[1].format(*key_of(trial.numpy().tobytes())))
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-    sizes = model.encoder.output_size, model.codec.num_codebooks
-    return Caches(*map(FrameCache, places, sizes), model.config.chunk)
+def read(folder: Path, key: bytes, channels: np.ndarray) -> dict[str, torch.Tensor]:
+    return load_file(path_of(folder, key, channels))
 
 
 @torch.no_grad()
-def encode_once(model: DuplexModel, records: Records, folder: str | Path, rank: int = 0, world_size: int = 1) -> None:
-    """Put the frames and codes of this process's share of the records into the caches of a folder."""
+def encode_once(model: DuplexModel, dataset: ConversationDataset, folder: Path, rank: int, world_size: int) -> None:
+    """Write frames and codes of this process's share of a dataset, which will read all of them from then on."""
     if any(p.requires_grad for p in model.encoder.parameters()):
         raise InputError("--encoder_cache: the encoder is trained; wanted a frozen one")
-    known, speak = open_caches(model, folder), partial(resample, model.codec.sample_rate)
-    with NewFile(known.frames.folder) as frames, NewFile(known.codes.folder) as codes:
-        for index in tqdm(range(rank, len(records), world_size), "encoding", disable=None):
-            (user, agent), _ = load_channels(records[index])
-            if known.frames.find(key_of(user)) is None:
-                heard = model.encode_windows(model.hear(user).to(model.device))  # (W, frames, D)
-                frames.append({key_of(user): heard.flatten(0, 1).bfloat16().cpu()})
-            if known.codes.find(key_of(agent)) is None:
-                voice = model.codec.encode(speak(agent)[None].to(model.device))[0]  # (T, K)
-                codes.append({key_of(agent): voice.short().cpu()})
+    trial = model.codec.encode(torch.from_numpy(TRIAL)[None]).tolist()  # tells one codec from another
+    key = f"{key_of_encoder(model.encoder, False)} {model.window} {trial}".encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(rank, len(dataset), world_size), "encoding", disable=None):
+        channels = load_channels(dataset.records[index])
+        if not (path := path_of(folder, key, channels)).is_file():
+            example = dataset.encode(channels)
+            frames = model.encode_windows(example["features"].to(model.device)).bfloat16().cpu()  # (W, frames, D)
+            save_file({"frames": frames, "codes": example["codes"].short()}, new := f"{path}.{os.getpid()}")
+            os.replace(new, path)  # whole or not at all, whatever is killed
+    dataset.encode = partial(read, folder, key)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((DuplexArguments, DataArguments, TrainArguments), allow_abbrev=False)
-    arguments, data, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    with as_input_error("duplex.train", "read its flags", "those that --help names"):
+        arguments, data, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
-    checkpoint, sources = None, [path for path in (data.data_path, data.eval_data_path) if path]
-    if list(Path(args.output_dir).glob("checkpoint-[0-9]*")):
-        checkpoint = resume.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = resume.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model = load_model(DuplexConfig(**vars(arguments)), data, args, DuplexModel)
-    datasets = [model.make_conversations(open_conversations(source)) for source in sources]
-    dataset, records = datasets[0], datasets[0].records
-    settings = json.loads(json.dumps({"model": model.config.to_dict(), "records": records.fingerprint()}))
+    sources = [path for path in (data.data_path, data.eval_data_path) if path]
+    dataset, *others = datasets = [model.make_conversations(open_conversations(source)) for source in sources]
+    settings = {"model": model.config.to_dict(), "records": dataset.records.fingerprint()}
     if checkpoint and json.loads(Path(checkpoint, "train_settings.json").read_text()) != settings:
         raise InputError(f"{checkpoint}: is of another model or data; choose another --output_dir")
     if data.encoder_cache:
         for part in datasets:
-            encode_once(model, part.records, data.encoder_cache, args.process_index, args.world_size)
+            encode_once(model, part, Path(data.encoder_cache), args.process_index, args.world_size)
         gather_object([None])  # waits for the other processes
-        caches = open_caches(model, data.encoder_cache)
-        for part in datasets:
-            part.hear, part.speak = caches.hear, caches.speak
-        model.encoder = CachedEncoder(caches.frames, torch.float32)  # which gives back what it gets
-    model.config.training = {"trained on": f"{data.data_path}: {len(records):,} conversations"}
-    options = {"settings": settings, "eval_dataset": datasets[1] if datasets[1:] else None}
+    model.config.training = {"trained on": f"{data.data_path}: {len(dataset):,} conversations"}
+    options = {"settings": settings, "eval_dataset": others[0] if others else None}
     trainer = DuplexTrainer(model, args, partial(collate, pad=model.tokens.pad), dataset, **options)
     if trainer.is_world_process_zero():
         print(describe(model))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    if trainer.is_world_process_zero() and dataset.problems:
-        print(*sorted(set(dataset.problems))[:20], sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import soundfile
 import torch
 import transformers
 from conftest import ROOT, make_llm, make_tokenizer, make_whisper, noise, write_manifest
-from runs import assert_same, losses, weights
+from runs import assert_same, history, losses, weights
 from torch.nn.utils.rnn import pad_sequence
 
 import duplex.simulate
@@ -20,9 +20,8 @@ from duplex.codecs import HubCodec, MelCodec, load_codec
 from duplex.data import HOP, TextTokens, collate, frame_of, open_conversations, text_channel, windows
 from duplex.evaluate import evaluate
 from duplex.model import DuplexModel
-from duplex.train import encode_once, open_caches
+from duplex.train import encode_once
 from errors import InputError
-from frame_cache import CachedEncoder
 
 TOKENS = TextTokens(pad=0, bos=1, eos=2)
 KINDS = pytest.mark.parametrize("kind", ["direct", "decoder"])
@@ -82,13 +81,13 @@ def test_text_stands_where_the_specification_says():
     def turns(*texts: tuple[float, float, str]) -> list[dict]:
         return [{"start": start, "end": end, "text": text} for start, end, text in texts]
 
-    user, _ = text_channel(turns((0, 0.1, "hi"), (0.5, 0.6, "ok")), 13, encode, TOKENS)
+    user = text_channel(turns((0, 0.1, "hi"), (0.5, 0.6, "ok")), 13, encode, TOKENS, "a:1")
     assert user.tolist() == [1, 2, 0, 0, 0, 0, 1, 3431, 2, 0, 0, 0, 0]
-    agent, problems = text_channel(turns((0.3, 0.4, "hello"), (0.6, 1.0, "okay")), 13, encode, TOKENS)
+    with pytest.warns(UserWarning, match="a:1: 1 tokens from 0.3 s, room for 0: cut"):  # its end stands on its text
+        agent = text_channel(turns((0.3, 0.4, "hello"), (0.6, 1.0, "okay")), 13, encode, TOKENS, "a:1")
     assert agent.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 1, 20759, 0, 0, 0]
-    assert problems == ["the turn at 0.3 s has 1 tokens and room for 0: cut"]  # its end stands on its text
-    _, problems = text_channel(turns((2.0, 2.5, "ok")), 13, encode, TOKENS)
-    assert problems == ["the turn at 2 s begins behind the audio: left out"]
+    with pytest.warns(UserWarning, match="a:1: 1 tokens from 2 s, room for 0: cut"):  # it begins behind the audio
+        assert not text_channel(turns((2.0, 2.5, "ok")), 13, encode, TOKENS, "a:1").any()
 
 
 def test_a_time_is_the_frame_that_begins_nearest_to_it():
@@ -146,7 +145,7 @@ def test_a_codec_of_transformers_gives_codes_for_each_frame_of_80_ms(name, num_c
 def test_a_codec_whose_frames_do_not_fit_is_told():
     codec = small_codecs()["dac"]
     codec.config.sampling_rate = 44_100
-    with pytest.raises(InputError, match=r"odd: 11\.03 frames of codes in 0\.08 s; wanted a whole number"):
+    with pytest.raises(InputError, match=r"odd: 11\.04 frames of codes in 0\.08 s; wanted a whole number"):
         HubCodec(codec, "odd")
 
 
@@ -189,20 +188,14 @@ def test_frame_by_frame_it_gives_what_it_gives_all_at_once(models, studio, kind)
     model, (user, *_) = models[kind], users(studio)
     result = replies(model, [user])
     text, codes = result["tokens_text"], result["tokens_audio"]  # (1, T), (1, T, K)
-    embeds = model.embed_user(model.hear(user.numpy()), result["tokens_len"])
-    start = model.start(1)
-    before_text = torch.cat([start.text[:, None], text[:, :-1]], 1)
-    before_codes = torch.cat([start.codes[:, None], codes[:, :-1]], 1)
+    stream, dataset = model.stream(), model.make_conversations(open_conversations(studio / "talks.jsonl"))
+    before_text = torch.cat([stream.text, text[:, :-1]], 1)
+    before_codes = torch.cat([stream.codes, codes[:, :-1]], 1)
     with torch.no_grad():
-        inputs = model.embed_frames(embeds, before_text, before_codes)
-        states = model.llm.base_model(inputs_embeds=inputs).last_hidden_state
-        assert model.llm.get_output_embeddings()(states).argmax(2).equal(text)
-        if kind == "direct":
-            logits = model.audio_head(states)
-        else:
-            seen, blind = (model.speech_decoder(states, before_codes + model.offsets, b)[0] for b in (False, True))
-            logits = blind + model.config.cfg_scale * (seen - blind)
-    assert logits.unflatten(2, (-1, model.size + 3)).argmax(3).equal(codes)
+        embeds = model.embed_chunks(model.encode_windows(dataset[0]["features"])).flatten(0, 1)  # (frames, H)
+        embeds = torch.nn.functional.pad(embeds, (0, 0, model.delay, 0))[None, : text.shape[1]]
+        text_logits, code_logits = model.predict(embeds, before_text, before_codes, stream.caches)
+    assert text_logits.argmax(2).equal(text) and code_logits.argmax(3).equal(codes)
 
 
 @KINDS
@@ -239,10 +232,10 @@ def test_a_stream_in_pieces_of_any_size_gives_what_the_whole_gives(models, studi
     model, (user, *_) = models[kind], users(studio)
     whole, stream = replies(model, [user]), model.stream()
     padded = np.pad(user.numpy(), (0, -len(user) % (model.config.chunk * HOP) + model.config.lookahead * HOP))
-    frames = [frame for piece in np.split(padded, range(size, len(padded), size)) for frame in stream.push(piece)]
+    frames = [frame for piece in np.split(padded, range(size, len(padded), size)) for frame in stream.push(piece[None])]
     assert len(frames) >= 25
-    assert [text for text, _ in frames[:25]] == whole["tokens_text"][0].tolist()
-    assert torch.stack([codes for _, codes in frames[:25]]).equal(whole["tokens_audio"][0])
+    assert torch.stack([text for text, _ in frames[:25]], 1).equal(whole["tokens_text"])
+    assert torch.stack([codes for _, codes in frames[:25]], 1).equal(whole["tokens_audio"])
 
 
 def test_frames_and_codes_that_are_computed_once_give_the_same_loss(studio, tmp_path):
@@ -250,18 +243,33 @@ def test_frames_and_codes_that_are_computed_once_give_the_same_loss(studio, tmp_
     dataset = model.make_conversations(records)
     loss = model(**collate([dataset[0], dataset[1]], model.tokens.pad)).loss
     for rank in range(2):
-        encode_once(model, records, tmp_path, rank, 2)
-    size = sum(path.stat().st_size for path in tmp_path.rglob("*.frames"))
-    encode_once(model, records, tmp_path)
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.frames")) == size  # all were there
-    caches = open_caches(model, tmp_path)
-    dataset.hear, dataset.speak, model.encoder = caches.hear, caches.speak, CachedEncoder(caches.frames, torch.float32)
+        encode_once(model, model.make_conversations(records), tmp_path, rank, 2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(before) == 3
+    encode_once(model, dataset, tmp_path, 0, 1)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before  # all were there
     example = dataset[0]
-    assert example["voice"].dtype == torch.int16 and example["heard"].shape == (7, 4 * 5, model.config.encoder_size)
+    assert example["codes"].dtype == torch.int16 and example["frames"].shape == (7, 4 * 4, model.config.encoder_size)
     again = model(**collate([example, dataset[1]], model.tokens.pad)).loss
     torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
     with pytest.raises(InputError, match="the encoder is trained; wanted a frozen one"):
-        encode_once(build(studio, "direct", freeze_params=["^llm"]), records, tmp_path)
+        encode_once(build(studio, "direct", freeze_params=["^llm"]), dataset, tmp_path, 0, 1)
+
+
+@KINDS
+def test_the_losses_of_an_evaluation_do_not_depend_on_its_batches(studio, call, tmp_path, kind):
+    parts = f"--encoder_name_or_path {studio}/whisper.pt --llm_model_name_or_path {studio}/llm --kind {kind}"
+    parts += f" --codec {studio}/codec.safetensors --projector_stride 4 --projector_hidden_size 32 --text_pad </s>"
+    parts += " --speech_decoder_size 64 --speech_decoder_layers 2 --report_to none --use_cpu --save_steps 1"
+    data = f"--data_path {studio}/talks.jsonl --eval_data_path {studio}/talks.jsonl --eval_strategy steps"
+    found = []
+    for size in (1, 3):  # conversations of different lengths
+        flags = f"{parts} {data} --max_steps 1 --eval_steps 1 --per_device_eval_batch_size {size}"
+        call(duplex.train.main, f"{flags} --output_dir {tmp_path}/{size}")
+        logs = history(tmp_path / str(size))
+        found.append({name: value for row in logs for name, value in row.items() if name.endswith("_loss")})
+    assert {"eval_loss", "eval_text_loss", "eval_audio_loss"} <= found[0].keys()
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_what_cannot_go_together_is_told(studio, tmp_path):
@@ -281,9 +289,9 @@ def test_what_cannot_go_together_is_told(studio, tmp_path):
     ("change", "wanted"),
     [
         ({"agent": None}, r"missing \['agent'\]"),
-        ({"turns": [{"role": "user", "start": 0, "end": 1}]}, r"a turn without \['text'\]"),
-        ({"turns": [{"role": "boss", "start": 0, "end": 1, "text": "a"}]}, "role 'boss'; wanted user or agent"),
-        ({"turns": [{"role": "user", "start": 1, "end": 1, "text": "a"}]}, "the user's turn 1 to 1 s is out of order"),
+        ({"turns": [{"role": "user", "start": 0, "end": 1}]}, "found the turn .*; wanted a 'text', a 'role'"),
+        ({"turns": [{"role": "boss", "start": 0, "end": 1, "text": "a"}]}, "found the turn .*; wanted a 'text'"),
+        ({"turns": [{"role": "user", "start": 1, "end": 1, "text": "a"}]}, "found the turn .*'start' < 'end' in"),
     ],
 )
 def test_a_bad_conversation_is_told_with_its_line(tmp_path, change, wanted):
@@ -299,8 +307,8 @@ def test_channels_of_different_length_are_filled_with_silence_and_that_is_told(m
         soundfile.write(tmp_path / f"{name}.wav", noise(seconds), 16000)
     path = write_manifest(tmp_path / "talks.jsonl", [{"user": "u.wav", "agent": "a.wav", "turns": []}])
     dataset = models["direct"].make_conversations(open_conversations(path))
-    assert len(dataset[0]["text_ids"]) == 25
-    assert dataset.problems == [f"{path}:1: channels of 1.00 and 2.00 s: the shorter is filled with silence"]
+    with pytest.warns(UserWarning, match="talks.jsonl:1: channels of 1.00 and 2.00 s: silence fills the shorter one"):
+        assert len(dataset[0]["text_ids"]) == 25
 
 
 def test_conversations_of_lhotse_are_those_of_the_lines(studio, tmp_path):
@@ -358,7 +366,7 @@ def test_zero3_on_two_processes_trains_what_one_process_does(studio, launch, tmp
         assert job.status == 0, job.err
     assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert weights(tmp_path / "zero3").keys() == weights(tmp_path / "one").keys()
-    assert_same(weights(tmp_path / "zero3"), weights(tmp_path / "one"), within=1e-4)
+    assert_same(weights(tmp_path / "zero3"), weights(tmp_path / "one"), within=5e-4)  # of steps of 1e-2
 
 
 @KINDS
@@ -380,6 +388,7 @@ def test_training_talking_and_evaluation_run_and_a_run_goes_on(studio, call, tmp
     screen = call(duplex.talk.main, f"--model_path {tmp_path} {studio}/user0.wav --result_path {tmp_path}/reply.wav")
     samples, rate = soundfile.read(tmp_path / "reply.wav")
     assert rate == 16000 and samples.shape[1] == 2 and "real-time factor" in screen.err
-    assert len(samples) >= soundfile.info(studio / "user0.wav").frames + 3 * 16000  # silence, in which it may answer
+    # With the silence in which it may answer
+    assert len(samples) >= soundfile.info(studio / "user0.wav").frames + 3 * 16000 - HOP
     figures = evaluate(model, open_conversations(studio / "talks.jsonl"), None, tmp_path)
     assert 0 <= figures["exact"] <= 1 and figures["real_time_factor"] > 0 and (tmp_path / "reply002.wav").is_file()
