@@ -200,6 +200,7 @@ def main() -> None:
             build(Path(folder))
             hub.commit(name, "main", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
     environment = os.environ | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait must not spin where another command could run
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(FOLDER / "hf"), "HF_TOKEN": "hf_ci"}
 
     os.environ.update(environment)  # for the commands, and for the server that forks them
