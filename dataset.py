@@ -108,8 +108,9 @@ def known_durations(records: Records) -> tuple[np.ndarray, dict[int, str]]:
             except BadUtterance as error:
                 problems[index] = f"{record['where']}: {error}"
 
+    unknown = np.flatnonzero(np.isnan(durations))
     with ThreadPoolExecutor(16) as pool:  # headers wait for the disk, not for the processor
-        list(pool.map(read_headers, np.array_split(np.flatnonzero(np.isnan(durations)), 64)))
+        list(pool.map(read_headers, [unknown[start::64] for start in range(min(len(unknown), 64))]))
     return durations, problems
 
 
