@@ -78,7 +78,8 @@ def add_answers(answers: dict[str, list], turns: list[dict], said: list[dict], r
             answers["reply"].append(cut(reply, end, until))
             answers["codec"].append(cut(copy, end, until))
         silent = start + SILENT_WITHIN  # the frame by which an agent that is interrupted should be so
-        if silent < num_frames and any(t["start"] < start <= t["end"] for t in said):
+        was_heard = is_loud[max(start - 3, 0) : start + 1].any()  # else there was nothing to interrupt
+        if silent < num_frames and was_heard and any(t["start"] < start <= t["end"] for t in said):
             is_speaking = any(t["start"] <= silent < t["end"] for t in said)
             answers["obeyed"].append(not is_speaking and not is_loud[silent + 1 : silent + 3].any())
 
