@@ -44,7 +44,7 @@ SERVER = multiprocessing.get_context("forkserver")
 PROGRAMS = ("demo", "duplex", "tools", "recipes", "tests")  # folders that `python -m` starts, or that commands name
 SHORT = "--max_steps 4 --save_steps 4 --eval_steps 4 --use_cpu --bf16 False --gradient_accumulation_steps 1"
 TINY = f"{SHORT} --dataloader_num_workers 0"
-BESIDE = r"\$ python -m (demo|tools\.)"
+BESIDE = r"\$ python -m (demo|tools\.)"  # no other command reads what these write
 SMALLEST = "--llm nano --batch_size 1 --steps 1 --repeats 1"
 NAMES = {
     # On one process, to save half a minute: README.md has ZeRO-3.

@@ -64,7 +64,8 @@ def path_of(folder: Path, key: bytes, channels: np.ndarray) -> Path:
 
 
 def read(folder: Path, key: bytes, channels: np.ndarray) -> dict[str, torch.Tensor]:
-    return load_file(path_of(folder, key, channels))
+    with as_input_error(str(folder), "read the frames of a conversation", "the audio that was encoded"):
+        return load_file(path_of(folder, key, channels))
 
 
 @torch.no_grad()

@@ -49,6 +49,14 @@ def studio(tmp_path_factory) -> Path:
     return folder
 
 
+def flags_of(studio: Path, kind: str) -> str:
+    """Flags of duplex.train for such a model and these conversations."""
+    flags = f"--encoder_name_or_path {studio}/whisper.pt --llm_model_name_or_path {studio}/llm --kind {kind}"
+    flags += f" --codec {studio}/codec.safetensors --projector_stride 4 --projector_hidden_size 32 --text_pad </s>"
+    flags += " --speech_decoder_size 64 --speech_decoder_layers 2 --report_to none --use_cpu"
+    return f"{flags} --data_path {studio}/talks.jsonl"
+
+
 def build(studio: Path, kind: str, **fields) -> DuplexModel:
     torch.manual_seed(0)
     parts = {name: str(studio / path) for name, path in PARTS.items()}
@@ -252,20 +260,20 @@ def test_frames_and_codes_that_are_computed_once_give_the_same_loss(studio, tmp_
     assert example["codes"].dtype == torch.int16 and example["frames"].shape == (7, 4 * 4, model.config.encoder_size)
     again = model(**collate([example, dataset[1]], model.tokens.pad)).loss
     torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
+    for path in before:
+        path.unlink()
+    with pytest.raises(InputError, match="cannot read the frames of a conversation"):
+        dataset[0]
     with pytest.raises(InputError, match="the encoder is trained; wanted a frozen one"):
         encode_once(build(studio, "direct", freeze_params=["^llm"]), dataset, tmp_path, 0, 1)
 
 
 @KINDS
 def test_the_losses_of_an_evaluation_do_not_depend_on_its_batches(studio, call, tmp_path, kind):
-    parts = f"--encoder_name_or_path {studio}/whisper.pt --llm_model_name_or_path {studio}/llm --kind {kind}"
-    parts += f" --codec {studio}/codec.safetensors --projector_stride 4 --projector_hidden_size 32 --text_pad </s>"
-    parts += " --speech_decoder_size 64 --speech_decoder_layers 2 --report_to none --use_cpu --save_steps 1"
-    data = f"--data_path {studio}/talks.jsonl --eval_data_path {studio}/talks.jsonl --eval_strategy steps"
-    found = []
+    flags = f"{flags_of(studio, kind)} --eval_data_path {studio}/talks.jsonl --eval_strategy steps --eval_steps 1"
+    flags, found = f"{flags} --max_steps 1 --save_steps 1", []
     for size in (1, 3):  # conversations of different lengths
-        flags = f"{parts} {data} --max_steps 1 --eval_steps 1 --per_device_eval_batch_size {size}"
-        call(duplex.train.main, f"{flags} --output_dir {tmp_path}/{size}")
+        call(duplex.train.main, f"{flags} --per_device_eval_batch_size {size} --output_dir {tmp_path}/{size}")
         logs = history(tmp_path / str(size))
         found.append({name: value for row in logs for name, value in row.items() if name.endswith("_loss")})
     assert {"eval_loss", "eval_text_loss", "eval_audio_loss"} <= found[0].keys()
@@ -354,11 +362,8 @@ def test_simulated_conversations_have_the_words_where_their_turns_say(tmp_path):
 
 @KINDS
 def test_zero3_on_two_processes_trains_what_one_process_does(studio, launch, tmp_path, kind):
-    parts = f"--encoder_name_or_path {studio}/whisper.pt --llm_model_name_or_path {studio}/llm --kind {kind}"
-    parts += f" --codec {studio}/codec.safetensors --projector_stride 4 --projector_hidden_size 32 --text_pad </s>"
-    parts += " --speech_decoder_size 64 --speech_decoder_layers 2 --speech_decoder_dropout 0"
-    flags = f"{parts} --cfg_unconditional_prob 0 --data_path {studio}/talks.jsonl --max_steps 3 --learning_rate 1e-2"
-    flags += f" --report_to none --use_cpu --logging_steps 1 --save_steps 3 --output_dir {tmp_path}"
+    flags = f"{flags_of(studio, kind)} --speech_decoder_dropout 0 --cfg_unconditional_prob 0 --max_steps 3"
+    flags += f" --learning_rate 1e-2 --logging_steps 1 --save_steps 3 --output_dir {tmp_path}"
     runs = {"one": (1, 2, ""), "zero3": (2, 1, f"--deepspeed {ROOT}/ds_config_zero3.json")}
     for name, (processes, size, more) in runs.items():  # conversations of different lengths: a frame counts the same
         command = f"{flags}/{name} --per_device_train_batch_size {size} {more}"
@@ -371,13 +376,8 @@ def test_zero3_on_two_processes_trains_what_one_process_does(studio, launch, tmp
 
 @KINDS
 def test_training_talking_and_evaluation_run_and_a_run_goes_on(studio, call, tmp_path, kind, monkeypatch):
-    parts = f"--encoder_name_or_path {studio}/whisper.pt --llm_model_name_or_path {studio}/llm --kind {kind}"
-    parts += f" --codec {studio}/codec.safetensors --projector_stride 4 --projector_hidden_size 32 --text_pad </s>"
-    parts += " --speech_decoder_size 64 --speech_decoder_layers 2 --lora_r 2"
-    data = (
-        f"--data_path {studio}/talks.jsonl --eval_data_path {studio}/talks.jsonl --eval_strategy steps --eval_steps 2"
-    )
-    flags = f"{parts} {data} --save_steps 2 --report_to none --per_device_train_batch_size 2 --use_cpu"
+    flags = f"{flags_of(studio, kind)} --lora_r 2 --save_steps 2 --per_device_train_batch_size 2"
+    flags += f" --eval_data_path {studio}/talks.jsonl --eval_strategy steps --eval_steps 2"
     call(duplex.train.main, f"{flags} --max_steps 2 --output_dir {tmp_path}")
     call(duplex.train.main, f"{flags} --max_steps 4 --output_dir {tmp_path}")  # goes on
     history = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["log_history"]
