@@ -507,7 +507,7 @@ class SpeechLLM(PreTrainedModel):
         """Ids (B, new) of the answers to `prompts`, or to the inputs of `inputs_for_llm`.
 
         A prompt is a conversation: turns with role, content (with <audio>) and audio (a list of files or samples).
-        `options` are audio inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
+        `options` are these inputs and those of transformers' generate: num_beams, do_sample, generation_config ...
         """
         tensors = {name: options.pop(name) for name in INPUTS & options.keys()}  # the rest is for transformers
         if prompts is not None:
