@@ -1,5 +1,5 @@
 # make demo          the whole job on a laptop: synthesise, train, recognise, score; nothing downloaded but packages
-# make demo QUICK=1  the same in a minute or two, with no claim on the figures
+# make demo QUICK=1  the same in about a minute, with no claim on the figures
 # make demo-duplex   after it: a model that listens and speaks at the same time; QUICK=1 as above
 # make test          tests and lint
 # make ... NO_GPU=1  without triton, which openai-whisper brings: 1 GB that only a GPU needs

@@ -1,7 +1,7 @@
 """The whole job on a laptop, nothing downloaded: error rates, what the model hears and makes up, pictures, a report.
 
     python -m demo           # five to six minutes on two cores
-    python -m demo --quick   # everything once in a minute or two; its error rates mean nothing
+    python -m demo --quick   # everything once in about a minute; its error rates mean nothing
     python -m demo --projector mlp  # or --lora_r 8, --encoder wav2vec2: only the stages that differ are new
 
 espeak-ng speaks made-up sentences in 32 voices. A small Whisper encoder learns to recognise them with CTC, a small
@@ -72,13 +72,13 @@ class Settings:
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Settings, name)}
 
 
-QUICK = {"train_sentences": 600, "test_sentences": 40, "encoder_epochs": 1, "llm_steps": 60, "projector_epochs": 1}
+QUICK = {"train_sentences": 300, "test_sentences": 20, "encoder_epochs": 1, "llm_steps": 30, "projector_epochs": 1}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a tenth of the data and of the steps: shows that everything runs")
+    add("--quick", action="store_true", help="a twentieth of the data and of the steps: shows that everything runs")
     add("--output_dir", type=Path, help="where everything goes (default: demo_run, with --quick demo_run_quick)")
     add("--seed", type=int, default=0, help="another seed makes other sentences and other weights (default: 0)")
     add("--encoder", choices=RECIPES, default="whisper", help="what is trained on the speech (default: whisper)")

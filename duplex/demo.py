@@ -6,8 +6,8 @@ import os
 import random
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +130,9 @@ def train_both(demo: Path, folder: Path, settings: Settings) -> None:
         print("      $", *words[1:], flush=True)
         with open(folder / f"{kind}.log", "w") as log:
             runs[kind] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    while any(process.poll() is None for process in runs.values()):
-        time.sleep(10)
+    while running := [process for process in runs.values() if process.poll() is None]:
+        with suppress(subprocess.TimeoutExpired):
+            running[0].wait(10)
         for kind in KINDS:
             losses = [line for line in (folder / f"{kind}.log").read_text().splitlines() if line.startswith("{'loss'")]
             say("models", f"{kind}: {losses[-1] if losses else 'starts'}")
